@@ -1,0 +1,1 @@
+"""The verbs of ``ksmd`` and ``ksmctl``, one module each."""

@@ -1,0 +1,1 @@
+"""Composition: the main loop, the pipeline, the control socket."""

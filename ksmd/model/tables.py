@@ -1,0 +1,35 @@
+"""numpy dtypes of the tables."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import numpy as np
+
+#: A page of the store: (extent id << 32) | page index inside the extent.
+STORE_PAGE = np.dtype(np.uint64)
+
+#: A run of neighbouring pages of one target that are neighbours in an extent too.
+#: ``target`` is the target's slot number, ``page`` a page number (address >> 12),
+#: ``extent`` the extent's id, ``index`` the first page inside that extent.
+RUN = np.dtype(
+    [
+        ("target", np.uint32),
+        ("npages", np.uint32),
+        ("page", np.uint64),
+        ("extent", np.uint32),
+        ("index", np.uint32),
+    ]
+)
+
+#: A run of neighbouring pages of one target, without a place in the store.
+SPAN = np.dtype([("target", np.uint32), ("npages", np.uint32), ("page", np.uint64)])
+
+
+class Seen(IntEnum):
+    """What the rmap table says of a page that was just read."""
+
+    NEW = 0
+    VOLATILE = 1
+    STABLE = 2
+    TABLE_FULL = 3

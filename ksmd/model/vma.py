@@ -1,0 +1,33 @@
+"""One line of /proc/PID/maps, with its VmFlags from smaps where they were read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Vma:
+    """A virtual memory area [start, end), in bytes.
+
+    ``perms`` is as in maps ("rw-p"); ``device`` is (major, minor); ``path`` is the last column
+    ("" for plain anonymous memory, "[heap]", "[stack]", a file name, ...); ``flags`` holds the
+    two-letter VmFlags of smaps (proc_pid_smaps(5)), empty when only maps was read.
+    """
+
+    start: int
+    end: int
+    perms: str
+    offset: int
+    device: tuple[int, int]
+    inode: int
+    path: str
+    flags: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Area:
+    """A page-aligned part of one VMA that may be scanned: [start, end) in bytes, with its VMA."""
+
+    start: int
+    end: int
+    vma: Vma

@@ -1,0 +1,68 @@
+"""What the daemon asks of the tracer and what it answers: one stop window of one target."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+from ksmd.model.process import TargetId
+from ksmd.model.refusal import Reason
+
+
+class Op(IntEnum):
+    """What the stub does with one record."""
+
+    MERGE = 0
+    ZERO = 1
+    UNMERGE = 2
+    REMERGE = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One run: ``start``, ``length`` in bytes of the target; ``offset`` in bytes of the extent."""
+
+    op: Op
+    start: int
+    length: int
+    offset: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a record.
+
+    ``result`` is 0 when it was carried out, 1 when the bytes differed, else a negative errno;
+    ``stage`` is the last step reached (100 is added when it was undone, 200 when the undo failed);
+    ``reason`` names it for the ledger, None when it was carried out.
+    """
+
+    record: Record
+    result: int
+    stage: int
+    reason: Reason | None
+
+
+@dataclass(frozen=True, slots=True)
+class WindowRequest:
+    """One stop window. ``extent_inode`` tells our own mappings; 0 when no extent is concerned."""
+
+    target: TargetId
+    records: tuple[Record, ...]
+    extent_inode: int = 0
+    deadline_ms: float = 10.0
+    accept_seccomp_risk: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class WindowResult:
+    """``refused`` is set when the target was let go without a change."""
+
+    target: TargetId
+    outcomes: tuple[Outcome, ...] = ()
+    refused: Reason | None = None
+    detail: str = ""
+    threads: int = 0
+    stop_us: float = 0.0
+    total_us: float = 0.0
+    timings: dict[str, float] = field(default_factory=dict)

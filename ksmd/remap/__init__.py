@@ -1,0 +1,1 @@
+"""The only code that changes another process: store, stub, tracee session, tracer, engine."""
