@@ -124,3 +124,8 @@ def page_floor(address: int) -> int:
 def page_ceil(address: int) -> int:
     """Round *address* up to a page boundary."""
     return (address + PAGE_SIZE - 1) & ~(PAGE_SIZE - 1)
+
+
+def set_name(name: str) -> None:
+    """Name this process as ps shows it (PR_SET_NAME, at most 15 bytes)."""
+    _int_call("prctl", 15, ctypes.c_char_p(name.encode()), 0, 0, 0)

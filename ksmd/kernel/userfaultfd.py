@@ -56,6 +56,10 @@ MESSAGE_SIZE = 32
 
 NR_USERFAULTFD = 323
 
+# user addresses that every request accepts: above any sane vm.mmap_min_addr, below TASK_SIZE
+_USER_START = 1 << 20
+_USER_END = (1 << 47) - 4096
+
 
 def _iowr(number: int, size: int) -> int:
     return 3 << 30 | size << 16 | UFFD_API << 8 | number
@@ -145,19 +149,70 @@ def continue_(fd: int, start: int, length: int, mode: int = 0) -> int:
     return _fill(fd, UFFDIO_CONTINUE, "UFFDIO_CONTINUE", start, length, mode)
 
 
+def move(fd: int, to: int, start: int, length: int, mode: int = 0) -> int:
+    """UFFDIO_MOVE within our own memory: take pages from *start* to *to*; the bytes moved.
+
+    EBUSY: a page is pinned or shared by fork. EEXIST does not say that nothing moved.
+    """
+    buffer = bytearray(struct.pack("=QQQQq", to, start, length, mode, 0))
+    try:
+        fcntl.ioctl(fd, UFFDIO_MOVE, buffer)
+    except OSError as error:
+        done: int = struct.unpack_from("=q", buffer, 32)[0]
+        if done > 0 and error.errno == errno.EAGAIN:
+            return done
+        raise OSError(error.errno, f"UFFDIO_MOVE: {error.strerror}") from None
+    return length
+
+
+def wake_all(fd: int) -> None:
+    """Let everyone try again who waits on the context, also after a reader that died took notice.
+
+    A fault that was read is not told again: whoever takes a context over has to wake its waiters.
+    """
+    wake(fd, _USER_START, _USER_END - _USER_START)
+
+
+def is_dead(fd: int) -> bool:
+    """Tell whether the address space of the context is gone (exit or execve).
+
+    Nothing reports that; every request then fails with ESRCH. The one asked here changes nothing:
+    no single VMA spans the range, which lies where both 64-bit and 32-bit programs may map.
+    """
+    try:
+        continue_(fd, _USER_START, 0xE000_0000, DONTWAKE)
+    except OSError as error:
+        return error.errno == errno.ESRCH
+    return False
+
+
+def _parse(data: bytes, offset: int) -> Message:
+    event = data[offset]
+    if event == EVENT_PAGEFAULT:
+        return Message(event, start=struct.unpack_from("=Q", data, offset + 16)[0])
+    if event == EVENT_FORK:
+        return Message(event, fd=struct.unpack_from("=I", data, offset + 8)[0])
+    if event == EVENT_REMAP:
+        old, new, length = struct.unpack_from("=QQQ", data, offset + 8)
+        return Message(event, start=old, end=old + length, to=new)
+    start, end = struct.unpack_from("=QQ", data, offset + 8)
+    return Message(event, start=start, end=end)
+
+
+def read_messages(fd: int, limit: int = 16) -> list[Message]:
+    """Read up to *limit* messages, faults before events, each kind in order; [] when none waits.
+
+    The fd must be non-blocking. Reading an event lets its sender go on at once. EMFILE: a child's
+    context found no descriptor; its FORK event stays.
+    """
+    try:
+        data = os.read(fd, MESSAGE_SIZE * limit)
+    except BlockingIOError:
+        return []
+    return [_parse(data, offset) for offset in range(0, len(data), MESSAGE_SIZE)]
+
+
 def read_message(fd: int) -> Message | None:
     """Read one message, None when there is none. The fd must be non-blocking."""
-    try:
-        data = os.read(fd, MESSAGE_SIZE)
-    except BlockingIOError:
-        return None
-    event = data[0]
-    if event == EVENT_PAGEFAULT:
-        return Message(event, start=struct.unpack_from("=Q", data, 16)[0])
-    if event == EVENT_FORK:
-        return Message(event, fd=struct.unpack_from("=I", data, 8)[0])
-    if event == EVENT_REMAP:
-        old, new, length = struct.unpack_from("=QQQ", data, 8)
-        return Message(event, start=old, end=old + length, to=new)
-    start, end = struct.unpack_from("=QQ", data, 8)
-    return Message(event, start=start, end=end)
+    messages = read_messages(fd, 1)
+    return messages[0] if messages else None

@@ -1,0 +1,172 @@
+"""Long-term pins of store memory.
+
+mlock keeps store pages in memory, but not in the page tables of the targets: any process that maps
+an extent may ask for MADV_COLLAPSE, and the kernel then takes the pages out of every page table
+(khugepaged and migration do the same). The guard reads a page that is not in the page table as
+dropped by the program, so that must not happen. A page with a long-term pin is neither collapsed
+nor migrated, and the one way to such a pin that needs no device is a registered buffer of io_uring
+(io_uring_register(2)). No I/O is ever submitted.
+
+A ring has a sparse table of buffers; a slot is set by a pin and cleared by its unpin. More rings
+are made as they are needed. Pins live until unpin or close, also after the memory was unmapped, and
+they count in VmPin of our status.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from types import TracebackType
+
+from ksmd.kernel import libc
+from ksmd.model.errors import KernelFeatureError, KsmdError
+
+NR_IO_URING_SETUP = 425
+NR_IO_URING_REGISTER = 427
+# include/uapi/linux/io_uring.h
+IORING_REGISTER_BUFFERS2 = 15  # Linux 5.13
+IORING_REGISTER_BUFFERS_UPDATE = 16
+IORING_RSRC_REGISTER_SPARSE = 1  # Linux 5.19
+
+#: The kernel's limit for one registered buffer, in bytes.
+BUFFER_MAX = 1 << 30
+#: Slots of one ring; a slot costs 8 bytes of kernel memory.
+SLOTS = 1024
+
+_SETUP_ENTRIES = 1
+_PARAMS_SIZE = 120  # struct io_uring_params
+
+
+def _explain(error: OSError) -> KsmdError:
+    if error.errno in (errno.ENOSYS, errno.EPERM, errno.EACCES, errno.EINVAL, errno.EOPNOTSUPP):
+        return KernelFeatureError(
+            f"io_uring registered buffers are not available: {error.strerror}",
+            "the store cannot be pinned without them: check kernel.io_uring_disabled (sysctl), "
+            "CONFIG_IO_URING, Linux 5.19, and seccomp or container filters",
+        )
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return KsmdError(f"cannot make a ring: {error.strerror}", "raise LimitNOFILE= of ksmd")
+    return KsmdError(
+        f"cannot pin store memory: {error.strerror}",
+        "raise LimitMEMLOCK= of ksmd or give it CAP_IPC_LOCK"
+        if error.errno == errno.ENOMEM
+        else "",
+    )
+
+
+def _setup() -> int:
+    params = (ctypes.c_ubyte * _PARAMS_SIZE)()
+    fd = libc.syscall("io_uring_setup", NR_IO_URING_SETUP, _SETUP_ENTRIES, ctypes.addressof(params))
+    # struct io_uring_rsrc_register: nr, flags, resv2, data, tags
+    table = ctypes.create_string_buffer(
+        SLOTS.to_bytes(4, "little") + IORING_RSRC_REGISTER_SPARSE.to_bytes(4, "little"), 32
+    )
+    try:
+        _register(fd, IORING_REGISTER_BUFFERS2, table)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _register(fd: int, opcode: int, argument: ctypes.Array[ctypes.c_char]) -> int:
+    return libc.syscall(
+        "io_uring_register",
+        NR_IO_URING_REGISTER,
+        fd,
+        opcode,
+        ctypes.addressof(argument),
+        len(argument),  # for these opcodes the size of the argument
+    )
+
+
+def _update(fd: int, slot: int, address: int, length: int) -> None:
+    vector = (ctypes.c_uint64 * 2)(address, length)
+    # struct io_uring_rsrc_update2: offset, resv, data, tags, nr, resv2
+    update = ctypes.create_string_buffer(
+        slot.to_bytes(8, "little")
+        + ctypes.addressof(vector).to_bytes(8, "little")
+        + bytes(8)
+        + (1).to_bytes(8, "little"),
+        32,
+    )
+    _register(fd, IORING_REGISTER_BUFFERS_UPDATE, update)
+
+
+class PinRing:
+    """Pins of our own memory. Not thread-safe; one owner.
+
+    Raises KernelFeatureError when io_uring is absent, disabled or filtered; KsmdError when memory
+    or descriptors run out.
+    """
+
+    def __init__(self) -> None:
+        self._free: list[tuple[int, int]] = []
+        self._rings: list[int] = []
+        self._pins: dict[int, list[tuple[int, int]]] = {}
+        self._next_token = 1
+        self._grow()
+
+    def __enter__(self) -> PinRing:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Take every pin off."""
+        for fd in self._rings:
+            os.close(fd)
+        self._rings.clear()
+        self._free.clear()
+        self._pins.clear()
+
+    def _grow(self) -> None:
+        try:
+            fd = _setup()
+        except OSError as error:
+            raise _explain(error) from error
+        self._rings.append(fd)
+        self._free.extend((fd, slot) for slot in reversed(range(SLOTS)))
+
+    def pin(self, address: int, length: int) -> int:
+        """Pin [address, address+length), writable memory of ours; the token that unpins it.
+
+        Pages that are absent are made present. All of it is pinned or, on an error, nothing.
+        """
+        taken: list[tuple[int, int]] = []
+        try:
+            for start in range(address, address + length, BUFFER_MAX):
+                if not self._free:
+                    self._grow()
+                fd, slot = self._free[-1]
+                _update(fd, slot, start, min(BUFFER_MAX, address + length - start))
+                taken.append(self._free.pop())
+        except OSError as error:
+            self._clear(taken)
+            raise _explain(error) from error
+        except KsmdError:
+            self._clear(taken)
+            raise
+        token = self._next_token
+        self._next_token += 1
+        self._pins[token] = taken
+        return token
+
+    def unpin(self, token: int) -> None:
+        """Take the pin *token* off. KeyError when there is none."""
+        self._clear(self._pins.pop(token))
+
+    def _clear(self, slots: list[tuple[int, int]]) -> None:
+        for fd, slot in slots:
+            try:
+                _update(fd, slot, 0, 0)
+            except OSError as error:
+                raise _explain(error) from error
+            self._free.append((fd, slot))

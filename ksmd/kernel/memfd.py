@@ -1,0 +1,196 @@
+"""One extent of the store: a memfd that only its owner's mapping can ever write.
+
+What a target gets is a read-only descriptor, for the length of a stop window. That alone would not
+protect the store: a memfd has mode 0777 at birth, and whoever holds any descriptor of it, or may
+open /proc/PID/map_files, could reopen it for writing, truncate it or punch holes into it. So the
+writable mapping is made first, then the mode is 0 (for everyone but root) and the file is sealed:
+FUTURE_WRITE (no new writer and no new writable shared mapping, for root neither; mappings that
+exist go on), SHRINK, GROW, SEAL. The price: the owner cannot punch holes either, so memory returns
+only when the whole extent is released.
+
+The file is 1 TiB long and sparse: when a target grows a merged mapping in place, it meets holes,
+which fault as missing and are answered with zeros by the guard. Beyond the end of a short file it
+would meet SIGBUS.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+from dataclasses import dataclass
+
+from ksmd.kernel import libc
+from ksmd.model.errors import KernelFeatureError, KsmdError, PrivilegeError
+from ksmd.model.units import HUGE_PAGE_SIZE, PAGE_SIZE
+
+MFD_CLOEXEC = 0x1
+MFD_ALLOW_SEALING = 0x2
+MFD_NOEXEC_SEAL = 0x8  # Linux 6.3
+
+F_ADD_SEALS = 1033
+F_GET_SEALS = 1034
+F_SEAL_SEAL = 0x01
+F_SEAL_SHRINK = 0x02
+F_SEAL_GROW = 0x04
+F_SEAL_FUTURE_WRITE = 0x10
+SEALS = F_SEAL_SEAL | F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_FUTURE_WRITE
+
+FILE_SIZE = 1 << 40
+
+_COLLAPSE_TRIES = 3
+
+
+@dataclass(frozen=True, slots=True)
+class ExtentMap:
+    """An extent as its owner holds it.
+
+    ``address``: our writable mapping of the file's first ``npages`` pages (a 2 MiB boundary when
+    the extent was made huge). ``fd_ro``: the read-only descriptor, ours to close by
+    :func:`release`. ``device`` (major, minor) and ``inode`` are what maps shows of it everywhere.
+    """
+
+    address: int
+    npages: int
+    fd_ro: int
+    device: tuple[int, int]
+    inode: int
+
+    @property
+    def length(self) -> int:
+        """Bytes that are mapped."""
+        return self.npages * PAGE_SIZE
+
+
+def _translate(error: OSError, step: str) -> KsmdError:
+    message = f"cannot make an extent of the store ({step}): {error.strerror or error}"
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return KsmdError(message, "raise LimitNOFILE= of ksmd; each extent takes one descriptor")
+    if error.errno in (errno.ENOMEM, errno.ENOSPC, errno.EAGAIN, errno.EFAULT):
+        return KsmdError(message, "not enough memory, or too little of it may be locked")
+    if error.errno in (errno.EPERM, errno.EACCES):
+        return PrivilegeError(message, "ksmd needs CAP_IPC_LOCK, and memfd_create allowed")
+    if error.errno in (errno.ENOSYS, errno.EINVAL):
+        return KernelFeatureError(message, "memfd seals need Linux 5.1")
+    return KsmdError(message)
+
+
+def _memfd(name: str) -> int:
+    flags = MFD_CLOEXEC | MFD_ALLOW_SEALING
+    try:
+        return os.memfd_create(name, flags | MFD_NOEXEC_SEAL)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # EINVAL: Linux before 6.3
+            raise
+        return os.memfd_create(name, flags)
+
+
+def _map(fd: int, length: int, huge: bool) -> int:
+    if not huge:
+        return libc.mmap(0, length, libc.PROT_READ | libc.PROT_WRITE, libc.MAP_SHARED, fd)
+    spare = length + HUGE_PAGE_SIZE
+    flags = libc.MAP_PRIVATE | libc.MAP_ANONYMOUS | libc.MAP_NORESERVE
+    base = libc.mmap(0, spare, libc.PROT_NONE, flags)
+    address = (base + HUGE_PAGE_SIZE - 1) & ~(HUGE_PAGE_SIZE - 1)
+    try:
+        libc.mmap(
+            address,
+            length,
+            libc.PROT_READ | libc.PROT_WRITE,
+            libc.MAP_SHARED | libc.MAP_FIXED,
+            fd,
+        )
+    except OSError:
+        libc.munmap(base, spare)
+        raise
+    if address > base:
+        libc.munmap(base, address - base)
+    if base + spare > address + length:
+        libc.munmap(address + length, base + spare - address - length)
+    return address
+
+
+def create_extent(name: str, npages: int, huge: bool) -> ExtentMap:
+    """Make an extent of *npages* pages, all holes yet, with our writable mapping of them.
+
+    *name* is what maps shows ("/memfd:NAME (deleted)"). *huge* aligns the mapping to 2 MiB, so that
+    :func:`populate_huge` can work; blocks count from the file's start, a last part below 2 MiB
+    stays 4 KiB pages. Raises KsmdError (memory, descriptors), PrivilegeError, KernelFeatureError.
+    """
+    if npages <= 0 or npages * PAGE_SIZE > FILE_SIZE:
+        raise ValueError(f"an extent cannot have {npages} pages")
+    step = "memfd_create"
+    try:
+        fd = _memfd(name)
+    except OSError as error:
+        raise _translate(error, step) from error
+    address, fd_ro, length = 0, -1, npages * PAGE_SIZE
+    try:
+        step = "ftruncate"
+        os.ftruncate(fd, FILE_SIZE)
+        step = "mmap"
+        address = _map(fd, length, huge)
+        step = "open read-only"  # before the mode goes: afterwards it would take CAP_DAC_OVERRIDE
+        fd_ro = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+        step = "fchmod"
+        os.fchmod(fd, 0)
+        step = "seal"
+        fcntl.fcntl(fd, F_ADD_SEALS, SEALS)
+        found = os.fstat(fd)
+    except OSError as error:
+        if address:
+            libc.munmap(address, length)
+        if fd_ro >= 0:
+            os.close(fd_ro)
+        raise _translate(error, step) from error
+    finally:
+        os.close(fd)
+    device = (os.major(found.st_dev), os.minor(found.st_dev))
+    return ExtentMap(address, npages, fd_ro, device, found.st_ino)
+
+
+def _collapse(address: int) -> bool:
+    for _ in range(_COLLAPSE_TRIES):
+        try:
+            libc.madvise(address, HUGE_PAGE_SIZE, libc.MADV_COLLAPSE)
+        except OSError as error:
+            if error.errno != errno.EAGAIN:  # EAGAIN: a page was busy
+                return False
+        else:
+            return True
+    return False
+
+
+def populate_huge(extent: ExtentMap) -> int:
+    """Back every whole 2 MiB block with one huge page of zeros; the number of blocks that got one.
+
+    To be called while the extent is empty: one page is touched per block, because the kernel does
+    not collapse nothing, and the rest of the block costs no copy. Blocks for which no huge page is
+    free stay one page and holes: fewer than asked is no error. KsmdError when memory runs out.
+    """
+    got = 0
+    for offset in range(0, extent.length - HUGE_PAGE_SIZE + 1, HUGE_PAGE_SIZE):
+        address = extent.address + offset
+        try:
+            # not a plain store: without memory that would be SIGBUS
+            libc.madvise(address, PAGE_SIZE, libc.MADV_POPULATE_WRITE)
+        except OSError as error:
+            raise _translate(error, "touch") from error
+        got += _collapse(address)
+    return got
+
+
+def lock(extent: ExtentMap) -> None:
+    """Fill all holes with zeros and lock all pages in memory. To be done before the pin."""
+    try:
+        libc.mlock(extent.address, extent.length)
+    except OSError as error:
+        raise _translate(error, "mlock") from error
+
+
+def release(extent: ExtentMap) -> None:
+    """Unmap and close; memory returns when no target maps the extent and no pin holds it."""
+    libc.munmap(extent.address, extent.length)
+    with contextlib.suppress(OSError):
+        os.close(extent.fd_ro)

@@ -1,0 +1,189 @@
+"""The daemon's side of the tracer: ask for windows, understand the answers, replace the dead."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from typing import Any, Final
+
+from ksmd.kernel import channel, userfaultfd
+from ksmd.model.errors import KernelFeatureError
+from ksmd.model.process import TargetId
+from ksmd.model.refusal import Reason
+from ksmd.model.window import Op, Outcome, WindowRequest, WindowResult
+from ksmd.remap import stub, wire
+from ksmd.remap.tracer import EXIT_UNSTOPPABLE
+
+_REPLY_SECONDS: Final = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class TargetContexts:
+    """A target's userfaultfd contexts, held by us: guard (G) and quarantine (A)."""
+
+    guard: int
+    track: int
+
+
+class RefusedTargetError(Exception):
+    """The target as a whole is refused."""
+
+    def __init__(self, reason: Reason, detail: str = "") -> None:
+        super().__init__(reason, detail)
+        self.reason = reason
+        self.detail = detail
+
+
+class Engine:
+    """Owns the tracer process. One request at a time; a lost tracer is replaced at the next one."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._ours, theirs = channel.pair()
+        theirs.close()
+
+    def start(self) -> None:
+        """Start a tracer and wait until it can serve."""
+        self.close()
+        self._ours, theirs = channel.pair()
+        self._ours.settimeout(_REPLY_SECONDS)
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "ksmd.remap.tracer", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+            )
+        try:
+            channel.receive(self._ours)
+        except (channel.PeerGoneError, TimeoutError) as error:
+            raise KernelFeatureError(
+                "the tracer process did not start", "run `ksmctl features` to see what is missing"
+            ) from error
+
+    @property
+    def pid(self) -> int:
+        """The tracer's pid, 0 when none runs."""
+        return self._process.pid if self._process is not None else 0
+
+    def close(self) -> None:
+        """End the tracer, if one runs."""
+        self._ours.close()
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def _ask(
+        self, header: dict[str, Any], payload: bytes = b"", fds: tuple[int, ...] = ()
+    ) -> tuple[dict[str, Any], bytes, list[int]]:
+        """Send one request; a refusal of the target is raised as RefusedTargetError."""
+        if self._process is None or self._process.poll() is not None:
+            self.start()
+        try:
+            channel.send(self._ours, header, payload, fds)
+            reply, data, out = channel.receive(self._ours)
+        except (channel.PeerGoneError, TimeoutError):
+            raise self._lost() from None
+        if "refused" in reply:
+            raise RefusedTargetError(Reason(reply["refused"]), reply["detail"])
+        return reply, data, out
+
+    def _lost(self) -> RefusedTargetError:
+        """Explain the end of a tracer. Its targets have been let go by the kernel."""
+        assert self._process is not None
+        try:
+            status = self._process.wait(1)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            status = self._process.wait()
+        self._process = None
+        if status == EXIT_UNSTOPPABLE:
+            return RefusedTargetError(Reason.UNSTOPPABLE)
+        return RefusedTargetError(Reason.WINDOW_FAILED, f"the tracer ended with status {status}")
+
+    def seccomp_filters(
+        self, target: TargetId, deadline_ms: float
+    ) -> list[list[list[tuple[int, int, int, int]]]]:
+        """Give the classic BPF programs of every thread that has some; one stop, no change."""
+        header = self._header("inspect", target, deadline_ms)
+        reply, _, _ = self._ask(header)
+        return [
+            [[(c, t, f, k) for c, t, f, k in program] for program in programs]
+            for programs in reply["filters"]
+        ]
+
+    def setup(self, target: TargetId, deadline_ms: float) -> TargetContexts:
+        """Make the two contexts of *target*: one stop. They are ours to close."""
+        _, _, (guard, track) = self._ask(self._header("setup", target, deadline_ms))
+        try:
+            userfaultfd.api(guard, userfaultfd.GUARD_FEATURES)
+            userfaultfd.api(track, userfaultfd.TRACK_FEATURES)
+        except OSError as error:
+            os.close(guard)
+            os.close(track)
+            raise RefusedTargetError(Reason.NO_GUARD, f"UFFDIO_API: {error.strerror}") from error
+        return TargetContexts(guard, track)
+
+    def window(
+        self,
+        request: WindowRequest,
+        contexts: TargetContexts,
+        store: int = -1,
+        *,
+        huge: bool = False,
+        fail: tuple[int, int, int] = (0, 0, 0),
+    ) -> WindowResult:
+        """Carry out one stop window. *store* is the extent's read-only descriptor."""
+        header = self._header("window", request.target, request.deadline_ms)
+        header |= {"inode": request.extent_inode, "huge": huge, "fail": fail}
+        fds = (contexts.track, contexts.guard) + ((store,) if store >= 0 else ())
+        try:
+            reply, data, _ = self._ask(header, wire.pack_records(request.records), fds)
+        except RefusedTargetError as error:
+            return WindowResult(request.target, refused=error.reason, detail=error.detail)
+        dropped = {int(index): Reason(reason) for index, reason in reply["dropped"].items()}
+        outcomes = tuple(
+            Outcome(record, result, stage, dropped.get(index) or _reason(record.op, result, stage))
+            for index, (record, (result, stage)) in enumerate(
+                zip(request.records, wire.unpack_results(data), strict=True)
+            )
+        )
+        return WindowResult(
+            request.target,
+            outcomes,
+            refused=Reason.POISONED if reply["kept"] else None,
+            threads=reply["threads"],
+            stop_us=reply["stop_us"],
+            total_us=reply["total_us"],
+            timings=reply["times"],
+        )
+
+    @staticmethod
+    def _header(do: str, target: TargetId, deadline_ms: float) -> dict[str, Any]:
+        return {
+            "do": do,
+            "pid": target.pid,
+            "start_time": target.start_time,
+            "deadline_ms": deadline_ms,
+        }
+
+
+def _reason(op: Op, result: int, stage: int) -> Reason | None:
+    """Name what happened to a record."""
+    if result == 0 and stage == stub.STAGE_DONE:
+        return None
+    if stage >= stub.STUCK:
+        return Reason.POISONED
+    match -result:
+        case -1:
+            return Reason.CHANGED
+        case errno.EBUSY | errno.EEXIST | errno.ENOENT:
+            return Reason.PINNED_PAGE
+        case errno.EINVAL if op in (Op.MERGE, Op.ZERO):
+            return Reason.LOCKED
+        case errno.ENOMEM:
+            return Reason.VMA_BUDGET
+    return Reason.WINDOW_FAILED

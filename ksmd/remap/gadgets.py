@@ -1,0 +1,46 @@
+"""The two pieces of the target's own code that a window borrows.
+
+Only executable, unwritable file mappings are searched: code that a compiler in the process may
+rewrite is none to return to. The offsets are remembered per file, so that a second target that runs
+the same libc costs nothing.
+"""
+
+from __future__ import annotations
+
+from ksmd.kernel.memory import Memory
+from ksmd.model.vma import Vma
+from ksmd.remap.frame import Gadgets
+
+_SYSCALL_RET = b"\x0f\x05\xc3"
+#: mov $15,%rax; syscall (glibc, Go) and mov $15,%eax; syscall (musl): rt_sigreturn
+_RESTORERS = (b"\x48\xc7\xc0\x0f\x00\x00\x00\x0f\x05", b"\xb8\x0f\x00\x00\x00\x0f\x05")
+_LARGEST = 64 << 20
+
+_Key = tuple[tuple[int, int], int, int, int]
+_cache: dict[_Key, tuple[int, int]] = {}
+
+
+def _offsets(memory: Memory, vma: Vma) -> tuple[int, int]:
+    """Offsets in *vma* of both gadgets, -1 where one is missing."""
+    key = (vma.device, vma.inode, vma.offset, vma.end - vma.start)
+    if key not in _cache:
+        text = memory.read(vma.start, min(vma.end - vma.start, _LARGEST))
+        found = [at for pattern in _RESTORERS if (at := text.find(pattern)) >= 0]
+        _cache[key] = (text.find(_SYSCALL_RET), found[0] if found else -1)
+    return _cache[key]
+
+
+def find(memory: Memory, vmas: list[Vma]) -> Gadgets | None:
+    """Find both gadgets in the mappings of a target; None when one of them is missing."""
+    syscall_ret = restorer = -1
+    for vma in vmas:
+        if vma.perms != "r-xp" or not vma.inode:
+            continue
+        first, second = _offsets(memory, vma)
+        if syscall_ret < 0 <= first:
+            syscall_ret = vma.start + first
+        if restorer < 0 <= second:
+            restorer = vma.start + second
+        if syscall_ret >= 0 and restorer >= 0:
+            return Gadgets(syscall_ret, restorer)
+    return None

@@ -1,0 +1,222 @@
+"""Stop every task of a process, and let them go as if nothing had been.
+
+Stopping goes to a fixpoint: threads started meanwhile are stopped as well. A stop alone already
+disturbs some system calls (epoll_wait and its kin answer EINTR instead of being restarted), so each
+thread is mended the moment it stops: a tracer that dies later leaves no EINTR behind.
+
+A thread that does not stop (vfork parents, disk waits, dead storage) ends the window: the caller's
+alarm raises :class:`DeadlineError`, and the tracer process leaves, which is the only way to give up
+a thread that has been asked to stop and has not.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+from dataclasses import dataclass, field
+from typing import Final
+
+from ksmd.kernel import procfs, ptrace
+from ksmd.kernel.ptrace import Registers
+from ksmd.model.refusal import Reason
+from ksmd.remap.frame import ERESTART_RESTARTBLOCK, NR_RESTART_SYSCALL
+
+_WALL: Final = 0x40000000
+_PF_USER_WORKER: Final = 0x4000
+_USER_CS: Final = 0x33
+
+#: Calls that answer EINTR to a bare stop: epoll_wait, epoll_pwait, epoll_pwait2, rt_sigtimedwait,
+#: semop, semtimedop, io_getevents, io_pgetevents, io_uring_enter, and with a socket timeout
+#: recvfrom, accept, accept4, sendto, sendmsg, recvmsg, recvmmsg, sendmmsg, connect.
+_EINTR_CALLS: Final = frozenset(
+    {232, 281, 441, 128, 65, 220, 208, 333, 426, 45, 43, 288, 44, 46, 47, 299, 307, 42}
+)
+
+
+class RefusedError(Exception):
+    """The target is let go unchanged, for *reason*."""
+
+    def __init__(self, reason: Reason, detail: str = "") -> None:
+        super().__init__(reason, detail)
+        self.reason = reason
+        self.detail = detail
+
+
+class DeadlineError(Exception):
+    """The alarm went off."""
+
+
+@dataclass(slots=True)
+class Thread:
+    """A stopped thread. ``signal`` is what it was about to receive; detaching delivers it."""
+
+    tid: int
+    event: int
+    signal: int
+    registers: Registers
+
+    @property
+    def in_syscall(self) -> bool:
+        """Whether it stopped inside a system call."""
+        return self.registers.signed("orig_rax") >= 0
+
+
+@dataclass(slots=True)
+class Stopped:
+    """A process whose tasks all stand still. Made by :func:`stop`; ended by :meth:`release`."""
+
+    pid: int
+    threads: dict[int, Thread] = field(default_factory=dict)
+
+    def release(self) -> None:
+        """Detach every thread, with the signal that it was about to receive."""
+        for thread in self.threads.values():
+            try:
+                ptrace.detach(thread.tid, thread.signal)
+            except OSError as error:
+                if error.errno != errno.ESRCH:  # killed meanwhile: nothing to detach
+                    raise
+        self.threads.clear()
+
+
+#: The original number of a system call that sits in restart_syscall now, by (pid, tid).
+_restarting: dict[tuple[int, int], int] = {}
+
+
+def remembered_call(pid: int, tid: int) -> int | None:
+    """Give the number of the call that thread is restarting, where an earlier stop saw it."""
+    return _restarting.get((pid, tid))
+
+
+def forget_calls(pid: int) -> None:
+    """Drop what is remembered of a process that is gone."""
+    for key in [key for key in _restarting if key[0] == pid]:
+        del _restarting[key]
+
+
+def _pending(pid: int, tid: int) -> int:
+    """Unblocked signals that wait for the thread, as a mask."""
+    fields = procfs.status_fields(pid, tid)
+    waiting = int(fields["SigPnd"], 16) | int(fields["ShdPnd"], 16)
+    return waiting & ~int(fields["SigBlk"], 16)
+
+
+def _mend(pid: int, thread: Thread) -> None:
+    """Undo what the stop itself did to the thread's system call."""
+    registers = thread.registers
+    if thread.event != ptrace.EVENT_STOP:
+        return
+    number, result = registers.signed("orig_rax"), registers.signed("rax")
+    if result == -errno.EINTR and number in _EINTR_CALLS and not _pending(pid, thread.tid):
+        registers.set(rax=number, rip=registers.field("rip") - 2, orig_rax=-1)
+        ptrace.setregs(thread.tid, registers)
+    elif result == -ERESTART_RESTARTBLOCK and number != NR_RESTART_SYSCALL:
+        _restarting[pid, thread.tid] = number
+
+
+def _seize(pid: int, tid: int) -> bool:
+    """Seize and interrupt one thread; False when it has ended."""
+    try:
+        ptrace.seize(tid)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return _seize_refused(pid, tid)
+    try:
+        ptrace.interrupt(tid)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _seize_refused(pid: int, tid: int) -> bool:
+    try:
+        state = procfs.task_stat(pid, tid).state
+        tracer = procfs.status_fields(pid, tid)["TracerPid"]
+    except Exception as error:
+        if not procfs.tasks(pid):
+            raise RefusedError(Reason.GONE) from error
+        return False
+    if state in "ZX":  # a leader that has exited, a thread on its way out
+        return False
+    if tracer != "0":
+        raise RefusedError(Reason.TRACED, f"tracer {tracer}")
+    raise RefusedError(Reason.PRIVILEGE, f"ptrace seize of {tid}")
+
+
+def _await(pid: int, tid: int) -> Thread | None:
+    """Wait for a seized thread's first stop; None when it ended instead."""
+    try:
+        _, status = os.waitpid(tid, _WALL)
+    except ChildProcessError:
+        return None
+    if not os.WIFSTOPPED(status):
+        return None
+    event = status >> 16
+    try:
+        registers = ptrace.getregs(tid)
+    except ProcessLookupError:
+        return None
+    thread = Thread(tid, event, 0 if event else os.WSTOPSIG(status), registers)
+    _mend(pid, thread)
+    return thread
+
+
+def stop(pid: int) -> Stopped:
+    """Stop every task of *pid*, to a fixpoint. The caller holds an alarm for the deadline.
+
+    Raises RefusedError after letting go of what had stopped.
+    """
+    stopped = Stopped(pid)
+    ended: set[int] = set()
+    try:
+        while True:
+            new = [t for t in procfs.tasks(pid) if t not in stopped.threads and t not in ended]
+            seized = [tid for tid in new if _seize(pid, tid)]
+            ended.update(set(new).difference(seized))
+            for tid in seized:
+                thread = _await(pid, tid)
+                if thread is None:
+                    ended.add(tid)
+                else:
+                    stopped.threads[tid] = thread
+            if not seized:
+                break
+    except RefusedError:
+        stopped.release()
+        raise
+    if not stopped.threads:
+        raise RefusedError(Reason.GONE)
+    return stopped
+
+
+def choose(stopped: Stopped, rseq_busy: set[int]) -> Thread:
+    """Choose the thread that does the work: best one inside a system call.
+
+    Kernel-made workers have no user mode to run in; a thread inside a restartable sequence
+    (*rseq_busy*) would miss its abort; a thread at a signal stop keeps its signal for itself.
+    """
+    fit = []
+    for thread in stopped.threads.values():
+        if thread.event != ptrace.EVENT_STOP or thread.tid in rseq_busy:
+            continue
+        if thread.registers.field("cs") != _USER_CS:
+            raise RefusedError(Reason.ARCHITECTURE, "a thread runs 32-bit code")
+        if procfs.task_stat(stopped.pid, thread.tid).flags & _PF_USER_WORKER:
+            continue
+        fit.append(thread)
+        if thread.in_syscall:
+            return thread
+    if not fit:
+        raise RefusedError(Reason.NO_THREAD)
+    return fit[0]
+
+
+def marker_signal(pid: int) -> int:
+    """Choose a signal that does nothing when it is not caught, and is not caught here."""
+    caught = int(procfs.status_fields(pid)["SigCgt"], 16)
+    for number in (signal.SIGURG, signal.SIGWINCH, signal.SIGCONT, signal.SIGCHLD):
+        if not caught >> (number - 1) & 1:
+            return int(number)
+    raise RefusedError(Reason.NO_THREAD, "every signal that could mark progress is in use")

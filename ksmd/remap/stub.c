@@ -1,0 +1,631 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * The stub: the one program that ksmd runs inside a target, in one borrowed thread, while every
+ * task of the target is stopped. It carries out a batch of records and removes all trace of itself.
+ *
+ * It is built to outlive its tracer. From its first instruction on it needs nobody: it makes its
+ * own socket, takes what file descriptors were queued there (none, if the tracer is dead), and
+ * leaves through a frame that the tracer laid down before: munmap(scratch), then rt_sigreturn to
+ * the interrupted registers. Its markers are signals that are ignored where no tracer listens.
+ *
+ * Built freestanding, position independent, with general registers only (the target's vector and
+ * x87 state is never touched). stub.py holds the bytes' layout; a test compiles this file and
+ * compares the bytes with stub.bin.
+ *
+ * Hazards, each found by experiment:
+ *  - A run is empty and registered MISSING while it is compared, so whoever touches it waits. That
+ *    holds for this thread too: the tracer keeps pages that the kernel writes on a return to user
+ *    mode (rseq areas) out of the records.
+ *  - Fill the new mapping first, register the guard afterwards, then CONTINUE one page: registering
+ *    first lets the pager answer a fault with zeros; without the CONTINUE the VMA has no anon_vma
+ *    and fork would not copy its page table.
+ *  - UFFDIO_MOVE may answer EEXIST although it moved pages (Linux 6.18); what it reports is then not
+ *    to be trusted, so every page is moved back singly and the quarantine is looked at with mincore.
+ *  - A page that the program dropped has no page table entry. In a mapping of the store without a
+ *    guard it would read as store content, so presence is read from pagemap before such a page is
+ *    looked at, never by touching it.
+ */
+
+typedef unsigned long u64;
+typedef long i64;
+typedef unsigned int u32;
+typedef int i32;
+typedef unsigned char u8;
+
+#define INLINE static inline __attribute__((always_inline))
+#define PAGE 4096UL
+
+enum { SYS_mmap = 9, SYS_mprotect = 10, SYS_munmap = 11, SYS_ioctl = 16, SYS_pread64 = 17,
+       SYS_mremap = 25, SYS_mincore = 27, SYS_madvise = 28, SYS_getpid = 39, SYS_socket = 41,
+       SYS_recvmsg = 47, SYS_close = 3, SYS_gettid = 186, SYS_tgkill = 234, SYS_prlimit64 = 302 };
+enum { EAGAIN = 11, ENOMEM = 12, EEXIST = 17, EMFILE = 24, ENODATA = 61, EOWNERDEAD = 130 };
+enum { PROT_NONE = 0, PROT_READ = 1, PROT_RW = 3 };
+enum { MAP_SHARED = 1, MAP_PRIVATE = 2, MAP_FIXED = 0x10, MAP_ANON_NORESERVE = 0x4022 };
+enum { MREMAP_MAYMOVE = 1, MREMAP_FIXED = 2, MREMAP_DONTUNMAP = 4 };
+enum { MADV_NOHUGEPAGE = 15, MADV_POPULATE_READ = 22 };
+enum { MODE_MISSING = 1, MODE_MINOR = 4, CONTINUE_DONTWAKE = 1, MOVE_ALLOW_HOLES = 2 };
+enum { AF_UNIX = 1, SOCK_DGRAM_CLOEXEC = 0x80002, RECV_FLAGS = 0x40000040, MSG_CTRUNC = 8 };
+enum { O_CLOEXEC_NONBLOCK = 02004000, RLIMIT_NOFILE = 7 };
+
+#define IOCTL(dir, nr, size) ((dir) << 30 | (size) << 16 | 0xAAu << 8 | (nr))
+#define UFFDIO_REGISTER IOCTL(3u, 0x00u, 32u)
+#define UFFDIO_UNREGISTER IOCTL(2u, 0x01u, 16u)
+#define UFFDIO_WAKE IOCTL(2u, 0x02u, 16u)
+#define UFFDIO_MOVE IOCTL(3u, 0x05u, 40u)
+#define UFFDIO_CONTINUE IOCTL(3u, 0x07u, 32u)
+#define USERFAULTFD_IOC_NEW 0xAA00u
+
+#define PM_PRESENT (1UL << 63)
+#define PM_SWAPPED (1UL << 62)
+#define PM_FILE (1UL << 61)
+
+enum { MODE_WINDOW = 0, MODE_SETUP = 1 };
+enum { OP_MERGE = 0, OP_ZERO = 1, OP_UNMERGE = 2, OP_REMERGE = 3 };
+enum { REC_NOHUGEPAGE = 1 };
+/* stages a record reaches; +100: undone, +200: the undo failed */
+enum { ST_NONE, ST_REGISTERED, ST_ASIDE, ST_EQUAL, ST_MAPPED, ST_FILLED, ST_GUARDED, ST_DONE };
+enum { UNDONE = 100, STUCK = 200 };
+
+struct record {
+    u64 start, length, offset; /* bytes: in the target, and in the extent */
+    u64 aside;                 /* bytes from the start of the quarantine */
+    u32 op, prot, flags, stage;
+    i64 result;                /* 0 done, 1 differs, -errno */
+};
+
+struct header {
+    u64 mode, records, nrecords;
+    i64 socket, alive_fd, track, guard, store, pagemap, device;
+    u64 phase, marker, gadget, frame, scratch, scratch_len;
+    u64 aside_len, fresh_len;           /* bytes to reserve; 0: none */
+    u64 store_offset, store_len;        /* the part of the extent to compare with */
+    u64 wake_start, wake_len;
+    u64 nfds;                           /* how many descriptors the tracer sends */
+    /* the stub's own */
+    i64 error;
+    u64 done, keep;
+    u64 aside, fresh, store_map, alive_map, pid, tid, rlimit_soft, rlimit_hard, rlimit_raised;
+    u64 fail_step, fail_errno, fail_record; /* fault injection by tests; step 0: none */
+    u8 msghdr[64], iov[16], control[64], byte[16];
+};
+
+_Static_assert(sizeof(struct record) == 56, "stub.py packs 56 bytes");
+_Static_assert(__builtin_offsetof(struct header, phase) == 80, "stub.py reads phase at 80");
+_Static_assert(__builtin_offsetof(struct header, gadget) == 96, "the tail below");
+_Static_assert(__builtin_offsetof(struct header, msghdr) == 304, "stub.py packs msghdr at 304");
+_Static_assert(sizeof(struct header) == 464, "stub.py packs 464 bytes");
+
+INLINE i64 call6(i64 nr, u64 a, u64 b, u64 c, u64 d, u64 e, u64 f)
+{
+    i64 ret;
+    register u64 r10 asm("r10") = d, r8 asm("r8") = e, r9 asm("r9") = f;
+    asm volatile("syscall"
+                 : "=a"(ret)
+                 : "0"(nr), "D"(a), "S"(b), "d"(c), "r"(r10), "r"(r8), "r"(r9)
+                 : "rcx", "r11", "memory");
+    return ret;
+}
+INLINE i64 call3(i64 nr, u64 a, u64 b, u64 c) { return call6(nr, a, b, c, 0, 0, 0); }
+INLINE int failed(i64 ret) { return ret < 0 && ret > -4096; }
+
+/* Tests name a step and an errno; in the field fail_step is 0 and this is one compare. */
+INLINE i64 inject(struct header *h, u64 step, i64 real)
+{
+    return h->fail_step == step ? -(i64)h->fail_errno : real;
+}
+/* Where a call must not be made when it is to fail: the caller asks before. */
+INLINE int fails(struct header *h, u64 step) { return h->fail_step == step; }
+
+static i64 uffd_register(i64 fd, u64 start, u64 length, u64 mode)
+{
+    u64 arg[4] = { start, length, mode, 0 };
+    return call3(SYS_ioctl, fd, UFFDIO_REGISTER, (u64)arg);
+}
+static i64 uffd_unregister(i64 fd, u64 start, u64 length)
+{
+    u64 arg[2] = { start, length };
+    return call3(SYS_ioctl, fd, UFFDIO_UNREGISTER, (u64)arg);
+}
+static i64 uffd_move(i64 fd, u64 to, u64 from, u64 length, u64 mode, i64 *moved)
+{
+    u64 arg[5] = { to, from, length, mode, 0 };
+    i64 ret = call3(SYS_ioctl, fd, UFFDIO_MOVE, (u64)arg);
+    *moved = (i64)arg[4];
+    return ret;
+}
+
+/*
+ * The tracer's robust futex. The kernel sets OWNER_DIED there before it lets any tracee of a dead
+ * tracer run, so a thread that could write to a run cannot be running while this says alive.
+ */
+static int tracer_dead(struct header *h)
+{
+    u32 word = *(volatile u32 *)h->alive_map;
+    return !word || (word & 0x40000000);
+}
+
+static int differ(const u64 *a, const u64 *b, u64 length)
+{
+    for (u64 n = length / 64; n; n--, a += 8, b += 8)
+        if (((a[0] ^ b[0]) | (a[1] ^ b[1]) | (a[2] ^ b[2]) | (a[3] ^ b[3])) |
+            ((a[4] ^ b[4]) | (a[5] ^ b[5]) | (a[6] ^ b[6]) | (a[7] ^ b[7])))
+            return 1;
+    return 0;
+}
+static int not_zero(const u64 *a, u64 length)
+{
+    for (u64 n = length / 64; n; n--, a += 8)
+        if (a[0] | a[1] | a[2] | a[3] | a[4] | a[5] | a[6] | a[7])
+            return 1;
+    return 0;
+}
+INLINE void copy(u64 *to, const u64 *from, u64 length)
+{
+    u64 n = length / 8;
+    asm volatile("rep movsq" : "+D"(to), "+S"(from), "+c"(n) : : "memory");
+}
+
+static i64 move_all(struct header *h, u64 to, u64 from, u64 length, u64 *done)
+{
+    u64 at = 0;
+    int tries = 0;
+    while (at < length) {
+        i64 moved, ret = uffd_move(h->track, to + at, from + at, length - at, 0, &moved);
+        if (ret == 0)
+            at = length;
+        else if (moved > 0)
+            at += moved;
+        else if (ret != -EAGAIN || ++tries >= 1000) {
+            *done = at;
+            return ret;
+        }
+    }
+    *done = at;
+    return 0;
+}
+
+static int resident(u64 page)
+{
+    u8 vec[8];
+    return call3(SYS_mincore, page, PAGE, (u64)vec) || (vec[0] & 1);
+}
+
+/* Put a run back from quarantine. True when every page is home again. */
+static int move_back(struct header *h, struct record *r, u64 aside, u64 moved, i64 why)
+{
+    u64 back = 0, left = 0;
+    i64 ret = moved ? move_all(h, r->start, aside, moved, &back) : 0;
+    if (!ret && why != -EEXIST)
+        return 1;
+    for (u64 at = 0; at < r->length; at += PAGE) {
+        i64 n;
+        int tries = 0;
+        while (uffd_move(h->track, r->start + at, aside + at, PAGE, MOVE_ALLOW_HOLES, &n) == -EAGAIN
+               && ++tries < 1000)
+            ;
+        left += resident(aside + at);
+    }
+    return !left;
+}
+
+static void undone(struct header *h, struct record *r, int home, i64 why)
+{
+    r->stage += home ? UNDONE : STUCK;
+    if (!home) {
+        h->keep = 1; /* the quarantine holds the only copy: it stays mapped */
+        h->error = why;
+    }
+}
+
+/* Give a fresh private mapping of the store its entries, its guard and its anon_vma. */
+static i64 fill_and_guard(struct header *h, struct record *r)
+{
+    i64 ret;
+    if (r->flags & REC_NOHUGEPAGE)
+        call3(SYS_madvise, r->start, r->length, MADV_NOHUGEPAGE);
+    ret = inject(h, ST_FILLED, 0);
+    if (!ret)
+        ret = call3(SYS_madvise, r->start, r->length, MADV_POPULATE_READ);
+    if (ret)
+        return ret;
+    r->stage = ST_FILLED;
+    ret = inject(h, ST_GUARDED, 0);
+    if (!ret)
+        ret = uffd_register(h->guard, r->start, r->length, MODE_MISSING | MODE_MINOR);
+    if (ret)
+        return ret;
+    r->stage = ST_GUARDED;
+    ret = inject(h, ST_DONE, 0);
+    if (!ret) {
+        u64 arg[4] = { r->start, PAGE, CONTINUE_DONTWAKE, 0 };
+        int tries = 0;
+        do
+            ret = call3(SYS_ioctl, h->guard, UFFDIO_CONTINUE, (u64)arg);
+        while (ret == -EAGAIN && ++tries < 1000);
+    }
+    if (ret && ret != -EEXIST)
+        return ret;
+    r->stage = ST_DONE;
+    return 0;
+}
+
+static i64 map_store(struct header *h, struct record *r)
+{
+    if (fails(h, ST_MAPPED))
+        return -(i64)h->fail_errno;
+    i64 ret = call6(SYS_mmap, r->start, r->length, r->prot, MAP_PRIVATE | MAP_FIXED,
+                    h->store, r->offset);
+    return ret == (i64)r->start ? 0 : ret;
+}
+
+/* Anonymous pages to the store (OP_MERGE), or away because they are zero (OP_ZERO). */
+static void merge(struct header *h, struct record *r)
+{
+    u64 aside = h->aside + r->aside, moved = 0;
+    u64 store = h->store_map + (r->offset - h->store_offset);
+    i64 ret = inject(h, ST_REGISTERED, 0);
+
+    if (!ret)
+        ret = uffd_register(h->track, r->start, r->length, MODE_MISSING);
+    if (ret) {
+        r->result = ret;
+        return;
+    }
+    r->stage = ST_REGISTERED;
+    ret = inject(h, ST_ASIDE, 0);
+    if (!ret)
+        ret = move_all(h, aside, r->start, r->length, &moved);
+    if (ret)
+        goto home;
+    r->stage = ST_ASIDE;
+    ret = r->op == OP_ZERO ? not_zero((u64 *)aside, r->length)
+                           : differ((u64 *)aside, (u64 *)store, r->length);
+    if (!ret)
+        ret = inject(h, ST_EQUAL, 0);
+    if (!ret && tracer_dead(h))
+        ret = -EOWNERDEAD;
+    if (ret)
+        goto home;
+    r->stage = ST_EQUAL;
+    if (r->op == OP_ZERO) {
+        /* an empty anonymous range reads as zeros: nothing to map */
+        uffd_unregister(h->track, r->start, r->length);
+        r->stage = ST_DONE;
+        r->result = 0;
+        return;
+    }
+    ret = map_store(h, r);
+    if (ret)
+        goto home;
+    r->stage = ST_MAPPED;
+    ret = fill_and_guard(h, r);
+    r->result = ret;
+    if (ret) {
+        i64 to = call6(SYS_mremap, aside, r->length, r->length, MREMAP_MAYMOVE | MREMAP_FIXED,
+                       r->start, 0);
+        undone(h, r, to == (i64)r->start, to);
+    }
+    return;
+home:
+    r->result = ret;
+    undone(h, r, move_back(h, r, aside, moved, ret), ret);
+    uffd_unregister(h->track, r->start, r->length);
+}
+
+/* Move a merged run's page table aside; accesses to the run wait in the tracking context. */
+static i64 lift(struct header *h, struct record *r, u64 aside)
+{
+    i64 ret = inject(h, ST_REGISTERED, 0);
+    if (ret)
+        return ret;
+    uffd_unregister(h->guard, r->start, r->length);
+    ret = uffd_register(h->track, r->start, r->length, MODE_MISSING | MODE_MINOR);
+    if (ret)
+        goto guard;
+    r->stage = ST_REGISTERED;
+    ret = inject(h, ST_ASIDE, 0);
+    if (!ret)
+        ret = call6(SYS_mremap, r->start, r->length, r->length,
+                    MREMAP_MAYMOVE | MREMAP_FIXED | MREMAP_DONTUNMAP, aside, 0);
+    if (ret == (i64)aside) {
+        r->stage = ST_ASIDE;
+        return 0;
+    }
+    uffd_unregister(h->track, r->start, r->length);
+guard:
+    if (uffd_register(h->guard, r->start, r->length, MODE_MISSING | MODE_MINOR)) {
+        h->error = ret;
+        r->stage += STUCK;
+    }
+    return ret ? ret : -ENOMEM;
+}
+
+/* The opposite of lift: the entries go home, and the guard with them. It needs no CONTINUE, which
+ * could show store content where the program dropped a page: the VMA brings its anon_vma along. */
+static void lower(struct header *h, struct record *r, u64 aside)
+{
+    i64 ret = call6(SYS_mremap, aside, r->length, r->length, MREMAP_MAYMOVE | MREMAP_FIXED,
+                    r->start, 0);
+    int home = ret == (i64)r->start;
+    if (home)
+        home = !uffd_register(h->guard, r->start, r->length, MODE_MISSING | MODE_MINOR);
+    undone(h, r, home, ret);
+}
+
+/* Read one pagemap entry per page into `entries`, at most 512 pages at a time. */
+static i64 presence(struct header *h, u64 address, u64 npages, u64 *entries)
+{
+    i64 ret = call6(SYS_pread64, h->pagemap, (u64)entries, npages * 8, address / PAGE * 8, 0, 0);
+    return ret == (i64)(npages * 8) ? 0 : failed(ret) ? ret : -ENODATA;
+}
+
+/* Every page of the run becomes anonymous memory of its own; the content stays. */
+static void unmerge(struct header *h, struct record *r)
+{
+    u64 aside = h->aside + r->aside, fresh = h->fresh + r->aside, entries[512];
+    i64 ret = lift(h, r, aside);
+
+    if (ret) {
+        r->result = ret;
+        return;
+    }
+    for (u64 at = 0; at < r->length; at += PAGE) {
+        u64 left = (r->length - at) / PAGE, slot = at / PAGE % 512;
+        if (slot == 0) {
+            ret = presence(h, aside + at, left < 512 ? left : 512, entries);
+            if (ret)
+                goto home;
+        }
+        if (!(entries[slot] & (PM_PRESENT | PM_SWAPPED)))
+            continue; /* dropped by the program: zeros */
+        if (not_zero((u64 *)(aside + at), PAGE))
+            copy((u64 *)(fresh + at), (u64 *)(aside + at), PAGE);
+    }
+    ret = inject(h, ST_EQUAL, 0);
+    if (ret)
+        goto home;
+    r->stage = ST_EQUAL;
+    if (r->prot != PROT_RW) {
+        ret = call3(SYS_mprotect, fresh, r->length, r->prot);
+        if (ret)
+            goto home;
+    }
+    ret = inject(h, ST_MAPPED, 0);
+    if (ret)
+        goto home;
+    ret = call6(SYS_mremap, fresh, r->length, r->length, MREMAP_MAYMOVE | MREMAP_FIXED, r->start, 0);
+    if (ret != (i64)r->start)
+        goto home;
+    r->stage = ST_DONE;
+    r->result = 0;
+    return;
+home:
+    r->result = ret;
+    lower(h, r, aside);
+}
+
+/* Pages that were written after a merge and hold the store's content again go back to the store. */
+static void remerge(struct header *h, struct record *r)
+{
+    u64 aside = h->aside + r->aside, entries[512];
+    u64 store = h->store_map + (r->offset - h->store_offset);
+    i64 ret = lift(h, r, aside);
+
+    if (ret) {
+        r->result = ret;
+        return;
+    }
+    for (u64 at = 0; at < r->length; at += PAGE) {
+        u64 left = (r->length - at) / PAGE, slot = at / PAGE % 512;
+        if (slot == 0) {
+            ret = presence(h, aside + at, left < 512 ? left : 512, entries);
+            if (ret)
+                goto home;
+        }
+        if (!(entries[slot] & PM_PRESENT) || (entries[slot] & PM_FILE)) {
+            ret = 1;
+            goto home;
+        }
+    }
+    ret = differ((u64 *)aside, (u64 *)store, r->length);
+    if (!ret)
+        ret = inject(h, ST_EQUAL, 0);
+    if (!ret && tracer_dead(h))
+        ret = -EOWNERDEAD;
+    if (ret)
+        goto home;
+    r->stage = ST_EQUAL;
+    ret = map_store(h, r);
+    if (ret)
+        goto home;
+    r->stage = ST_MAPPED;
+    ret = fill_and_guard(h, r);
+    if (ret)
+        goto home;
+    r->result = 0;
+    return;
+home:
+    r->result = ret;
+    lower(h, r, aside);
+}
+
+static void mark(struct header *h, u64 phase)
+{
+    h->phase = phase;
+    call3(SYS_tgkill, h->pid, h->tid, h->marker);
+}
+
+/* Room in the descriptor table for the length of the window, within the hard limit. */
+static void raise_rlimit(struct header *h)
+{
+    u64 old[2], new[2];
+    if (call6(SYS_prlimit64, 0, RLIMIT_NOFILE, 0, (u64)old, 0, 0) || old[0] >= old[1])
+        return;
+    h->rlimit_soft = old[0];
+    h->rlimit_hard = old[1];
+    new[0] = old[1] - old[0] < 16 ? old[1] : old[0] + 16;
+    new[1] = old[1];
+    h->rlimit_raised = !call6(SYS_prlimit64, 0, RLIMIT_NOFILE, (u64)new, 0, 0, 0);
+}
+
+/* Records of one window are all merges and zeros, or all lifts. */
+INLINE int lifts(struct header *h)
+{
+    return ((struct record *)h->records)->op >= OP_UNMERGE;
+}
+
+/* Take the descriptors that the tracer queued on our own socket. */
+static i64 receive(struct header *h)
+{
+    i64 *into[5] = { &h->alive_fd, &h->track, &h->guard, &h->store, &h->pagemap };
+    i64 got = call3(SYS_recvmsg, h->socket, (u64)h->msghdr, RECV_FLAGS);
+    /* on EAGAIN msg_controllen still holds what went in: look only after a message */
+    u64 length = *(u64 *)(h->msghdr + 40), n = got == 1 && length >= 20 ? (length - 16) / 4 : 0;
+    u32 flags = *(u32 *)(h->msghdr + 48);
+    if (h->mode == MODE_SETUP)
+        into[0] = &h->device;
+    else if (lifts(h)) { /* giving pages back needs no store */
+        into[3] = &h->pagemap;
+        into[4] = &h->store;
+    }
+    for (u64 i = 0; i < n && i < 5; i++)
+        *into[i] = ((i32 *)(h->control + 16))[i];
+    if (got != 1)
+        return failed(got) ? got : -ENODATA;
+    return (flags & MSG_CTRUNC) || n < h->nfds ? -EMFILE : 0;
+}
+
+INLINE i64 reserve(u64 length, u64 prot, u64 *where)
+{
+    /* 2 MiB more, so that a run may lie congruent with its quarantine and keep huge pages whole */
+    i64 got = call6(SYS_mmap, 0, length + (2UL << 20), prot, MAP_ANON_NORESERVE, -1, 0);
+    if (failed(got))
+        return got;
+    *where = ((u64)got + (2UL << 20) - 1) & ~((2UL << 20) - 1);
+    u64 head = *where - (u64)got;
+    if (head)
+        call3(SYS_munmap, got, head, 0);
+    if (head < 2UL << 20)
+        call3(SYS_munmap, *where + length, (2UL << 20) - head, 0);
+    return 0;
+}
+
+static i64 prepare(struct header *h)
+{
+    i64 ret = call6(SYS_mmap, 0, PAGE, PROT_READ, MAP_SHARED, h->alive_fd, 0);
+    if (failed(ret))
+        return ret;
+    h->alive_map = ret;
+    if (h->store_len) {
+        ret = call6(SYS_mmap, 0, h->store_len, PROT_READ, MAP_SHARED, h->store, h->store_offset);
+        if (failed(ret))
+            return ret;
+        h->store_map = ret;
+    }
+    ret = reserve(h->aside_len, lifts(h) ? PROT_NONE : PROT_RW, &h->aside);
+    if (!ret && !lifts(h))
+        ret = uffd_register(h->track, h->aside, h->aside_len, MODE_MISSING);
+    if (!ret && h->fresh_len)
+        ret = reserve(h->fresh_len, PROT_RW, &h->fresh);
+    return ret;
+}
+
+static void clean_up(struct header *h)
+{
+    i64 fds[] = { h->alive_fd, h->track, h->guard, h->store, h->pagemap, h->device, h->socket };
+    if (h->track >= 0 && h->wake_len) {
+        u64 arg[2] = { h->wake_start, h->wake_len };
+        call3(SYS_ioctl, h->track, UFFDIO_WAKE, (u64)arg);
+    }
+    if (h->aside && !h->keep)
+        call3(SYS_munmap, h->aside, h->aside_len, 0);
+    if (h->fresh)
+        call3(SYS_munmap, h->fresh, h->fresh_len, 0);
+    if (h->store_map)
+        call3(SYS_munmap, h->store_map, h->store_len, 0);
+    if (h->alive_map)
+        call3(SYS_munmap, h->alive_map, PAGE, 0);
+    for (u64 i = 0; i < sizeof fds / sizeof *fds; i++)
+        if (fds[i] >= 0)
+            call3(SYS_close, fds[i], 0, 0);
+    if (h->rlimit_raised) {
+        u64 old[2] = { h->rlimit_soft, h->rlimit_hard };
+        call6(SYS_prlimit64, 0, RLIMIT_NOFILE, (u64)old, 0, 0, 0);
+    }
+}
+
+static void carry_out(struct header *h)
+{
+    struct record *r = (struct record *)h->records;
+    u64 step = h->fail_step;
+    for (u64 i = 0; i < h->nrecords && !h->error; i++, r++) {
+        if (tracer_dead(h)) {
+            r->result = -EOWNERDEAD;
+            continue;
+        }
+        h->fail_step = h->fail_record == i ? step : 0;
+        switch (r->op) {
+        case OP_MERGE:
+        case OP_ZERO:
+            merge(h, r);
+            break;
+        case OP_UNMERGE:
+            unmerge(h, r);
+            break;
+        default:
+            remerge(h, r);
+        }
+    }
+}
+
+/* The contexts come from the target's own ioctl; the tracer takes them and we close ours. */
+static void setup(struct header *h)
+{
+    h->guard = call3(SYS_ioctl, h->device, USERFAULTFD_IOC_NEW, O_CLOEXEC_NONBLOCK);
+    h->track = call3(SYS_ioctl, h->device, USERFAULTFD_IOC_NEW, O_CLOEXEC_NONBLOCK);
+    h->error = h->guard < 0 ? h->guard : h->track < 0 ? h->track : 0;
+    mark(h, 2);
+}
+
+__attribute__((used)) void stub_main(struct header *h)
+{
+    h->socket = h->alive_fd = h->track = h->guard = h->store = h->pagemap = h->device = -1;
+    h->pid = call3(SYS_getpid, 0, 0, 0);
+    h->tid = call3(SYS_gettid, 0, 0, 0);
+    raise_rlimit(h);
+    h->socket = call3(SYS_socket, AF_UNIX, SOCK_DGRAM_CLOEXEC, 0);
+    h->error = h->socket < 0 ? h->socket : 0;
+    mark(h, 1); /* the tracer takes the socket by pidfd_getfd and queues the descriptors */
+    if (!h->error)
+        h->error = receive(h);
+    if (!h->error && h->mode == MODE_SETUP)
+        setup(h);
+    else if (!h->error) {
+        h->error = prepare(h);
+        if (!h->error)
+            carry_out(h);
+    }
+    clean_up(h);
+    h->done = 1;
+    mark(h, 3);
+}
+
+/*
+ * Entry: rdi = header, rsp = end of the scratch stack. Tail: munmap(scratch) through the target's
+ * own `syscall; ret`, with rsp at the frame; the ret goes to the restorer, which does rt_sigreturn.
+ */
+asm(".section .text.start,\"ax\"\n"
+    ".globl _start\n"
+    "_start:\n"
+    "    cld\n"
+    "    push %rdi\n"
+    "    call stub_main\n"
+    "    pop %rdi\n"
+    "    mov 96(%rdi),%rcx\n"   /* gadget */
+    "    mov 104(%rdi),%r10\n"  /* frame */
+    "    mov 120(%rdi),%rsi\n"  /* scratch_len */
+    "    mov 112(%rdi),%rdi\n"  /* scratch */
+    "    mov $11,%eax\n"        /* munmap */
+    "    mov %r10,%rsp\n"
+    "    jmp *%rcx\n"
+    ".text\n");

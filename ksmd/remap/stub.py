@@ -1,0 +1,126 @@
+"""The stub's bytes and the layout of what it reads: header and records, as in stub.c.
+
+``stub.bin`` is what :data:`COMPILE` makes of ``stub.c``; ``python -m ksmd.remap.stub`` makes it
+anew, and a test compares. The bytes are checked in so that no compiler is needed to run ksmd.
+"""
+
+from __future__ import annotations
+
+import struct
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Final
+
+from ksmd.model.window import Op
+
+COMPILER: Final = "gcc-12"
+COMPILE: Final = (
+    "-Os -ffreestanding -fPIE -fno-plt -mgeneral-regs-only -fno-stack-protector"
+    " -fcf-protection=none -fno-asynchronous-unwind-tables -fno-tree-loop-distribute-patterns"
+    " -Wall -Wextra -Werror"
+).split()
+
+MODE_WINDOW: Final = 0
+MODE_SETUP: Final = 1
+NOHUGEPAGE: Final = 1
+
+STAGE_DONE: Final = 7
+UNDONE: Final = 100
+STUCK: Final = 200
+
+_FIELDS: Final = (
+    "mode records nrecords socket alive_fd track guard store pagemap device phase marker gadget"
+    " frame scratch scratch_len aside_len fresh_len store_offset store_len wake_start wake_len"
+    " nfds error done keep aside fresh store_map alive_map pid tid rlimit_soft rlimit_hard"
+    " rlimit_raised fail_step fail_errno fail_record"
+).split()
+_INDEX: Final = {name: number for number, name in enumerate(_FIELDS)}
+_HEADER: Final = struct.Struct(f"={len(_FIELDS)}q")
+_MSGHDR_AT: Final = _HEADER.size
+_IOVEC_AT: Final = _MSGHDR_AT + 64
+_CONTROL_AT: Final = _IOVEC_AT + 16
+_BYTE_AT: Final = _CONTROL_AT + 64
+HEADER_SIZE: Final = _BYTE_AT + 16
+RECORD: Final = struct.Struct("=QQQQIIIIq")
+
+#: System calls the stub makes, and rt_sigreturn on its way out: what a seccomp filter must allow.
+SYSTEM_CALLS: Final = (3, 9, 10, 11, 15, 16, 17, 25, 27, 28, 39, 41, 47, 186, 234, 302)
+
+
+@dataclass(slots=True)
+class StubRecord:
+    """One record in the stub's terms; bytes everywhere. ``aside`` is its place in quarantine."""
+
+    op: Op
+    start: int
+    length: int
+    offset: int
+    aside: int
+    prot: int = 3
+    flags: int = 0
+
+    def pack(self) -> bytes:
+        """Give the struct record."""
+        return RECORD.pack(
+            self.start, self.length, self.offset, self.aside, self.op, self.prot, self.flags, 0, -61
+        )
+
+
+def code() -> bytes:
+    """Give the stub's machine code."""
+    return files(__package__).joinpath("stub.bin").read_bytes()
+
+
+def pack_header(address: int, **fields: int) -> bytes:
+    """Give struct header for *address*, where it will lie in the target; other fields are 0."""
+    values = [0] * len(_FIELDS)
+    for name, value in fields.items():
+        values[_INDEX[name]] = value - (1 << 64) if value >> 63 == 1 else value
+    message = struct.pack("=8Q", 0, 0, address + _IOVEC_AT, 1, address + _CONTROL_AT, 64, 0, 0)
+    iovec = struct.pack("=QQ", address + _BYTE_AT, 1)
+    return (_HEADER.pack(*values) + message + iovec).ljust(HEADER_SIZE, b"\0")
+
+
+def unpack_header(data: bytes) -> dict[str, int]:
+    """Give the header's fields by name, signed."""
+    return dict(zip(_FIELDS, _HEADER.unpack_from(data), strict=True))
+
+
+def unpack_results(data: bytes) -> list[tuple[int, int]]:
+    """Give (result, stage) of every record."""
+    return [(fields[8], fields[7]) for fields in RECORD.iter_unpack(data)]
+
+
+def field_offset(name: str) -> int:
+    """Offset of a header field in bytes."""
+    return _INDEX[name] * 8
+
+
+def compile_stub(into: Path, compiler: str = COMPILER) -> bytes:
+    """Compile stub.c in directory *into* and give its flat bytes."""
+    here = Path(str(files(__package__)))
+    steps = (
+        [compiler, *COMPILE, "-c", str(here / "stub.c"), "-o", "stub.o"],
+        ["ld", "--no-warn-rwx-segments", "-static", "-nostdlib", "--build-id=none", "-N",
+         "-e", "_start", "-T", str(here / "stub.ld"), "stub.o", "-o", "stub.elf"],
+        ["objcopy", "-O", "binary", "-j", ".text", "stub.elf", "stub.bin"],
+    )  # fmt: skip
+    for step in steps:
+        subprocess.run(step, cwd=into, check=True)
+    return (into / "stub.bin").read_bytes()
+
+
+def _main() -> int:
+    with tempfile.TemporaryDirectory() as directory:
+        made = compile_stub(Path(directory))
+    Path(str(files(__package__).joinpath("stub.bin"))).write_bytes(made)
+    print(f"stub.bin: {len(made)} bytes")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_main())

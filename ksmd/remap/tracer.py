@@ -1,0 +1,196 @@
+"""The tracer process: every ptrace call of ksmd, made by its one thread.
+
+It serves one request at a time from the daemon, over the channel that it inherits:
+
+* ``inspect``  stop, read the seccomp filters, let go
+* ``setup``    make the two userfaultfd contexts of a target and hand them over
+* ``window``   carry out a batch of records
+
+It may be killed at any instruction; the targets then go on by themselves. It uses that: when a
+thread does not stop, or a stub does not end, within the deadline, the process leaves, because that
+makes the kernel let go of every tracee at once. The daemon starts another.
+
+All signals but SIGALRM, the deadline, are blocked: nothing may end a window half way by choice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+import time
+from types import FrameType
+from typing import Any, Final
+
+from ksmd.kernel import channel, libc, risks, userfaultfd
+from ksmd.model.errors import KsmdError, TargetGoneError
+from ksmd.model.process import TargetId
+from ksmd.model.refusal import Reason
+from ksmd.model.window import Op
+from ksmd.remap import stub, wire
+from ksmd.remap.alive import AliveWord
+from ksmd.remap.session import Contexts, Outcome, Session, StubLostError, admit
+from ksmd.remap.stop import DeadlineError, RefusedError, forget_calls
+
+#: Exit status: a thread did not stop in time.
+EXIT_UNSTOPPABLE: Final = 10
+#: Exit status: the stub did not end in time. It goes on and leaves the target by itself.
+EXIT_STUB_LATE: Final = 11
+#: How long a stub may take, in seconds. Two orders above the longest window measured.
+_STUB_SECONDS: Final = 2.0
+
+_Reply = tuple[dict[str, Any], bytes, list[int]]
+
+
+def _alarm(_number: int, _frame: FrameType | None) -> None:
+    raise DeadlineError
+
+
+def _arm(seconds: float) -> None:
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+
+
+class Tracer:
+    """The request loop."""
+
+    def __init__(self, end: socket.socket) -> None:
+        self._end = end
+        self._alive = AliveWord()
+
+    def serve(self) -> None:
+        """Answer requests until the daemon is gone."""
+        while True:
+            try:
+                header, payload, fds = channel.receive(self._end)
+            except channel.PeerGoneError:
+                return
+            try:
+                reply, data, out = self._answer(header, payload, fds)
+            finally:
+                for fd in fds:
+                    os.close(fd)
+            channel.send(self._end, reply, data, tuple(out))
+            for fd in out:
+                os.close(fd)
+
+    def _answer(self, header: dict[str, Any], payload: bytes, fds: list[int]) -> _Reply:
+        target = TargetId(header["pid"], header["start_time"])
+        try:
+            return self._carry_out(target, header, payload, fds)
+        except RefusedError as error:
+            if error.reason is Reason.GONE:
+                forget_calls(target.pid)
+            return {"refused": error.reason, "detail": error.detail}, b"", []
+        except TargetGoneError:
+            forget_calls(target.pid)
+            return {"refused": Reason.GONE, "detail": ""}, b"", []
+        except (ProcessLookupError, ChildProcessError):  # killed between two of our calls
+            return {"refused": Reason.GONE, "detail": "killed in the stop window"}, b"", []
+        except StubLostError as error:
+            return {"refused": Reason.POISONED, "detail": f"the stub met {error}"}, b"", []
+        except KsmdError as error:
+            return {"refused": Reason.WINDOW_FAILED, "detail": str(error)}, b"", []
+        finally:
+            _arm(0)
+
+    def _carry_out(
+        self, target: TargetId, header: dict[str, Any], payload: bytes, fds: list[int]
+    ) -> _Reply:
+        began = time.perf_counter()
+        _arm(header["deadline_ms"] / 1000)
+        try:
+            session = Session(target)
+        except DeadlineError:
+            os._exit(EXIT_UNSTOPPABLE)
+        try:
+            _arm(_STUB_SECONDS)
+            with session:
+                reply = self._with_session(session, header, payload, fds)
+        except DeadlineError:
+            os._exit(EXIT_STUB_LATE)
+        reply[0]["stop_us"] = session.stop_us
+        reply[0]["total_us"] = (time.perf_counter() - began) * 1e6
+        return reply
+
+    def _with_session(
+        self, session: Session, header: dict[str, Any], payload: bytes, fds: list[int]
+    ) -> _Reply:
+        match header["do"]:
+            case "inspect":
+                return {"filters": list(session.seccomp_filters().values())}, b"", []
+            case "setup":
+                return self._setup(session)
+            case "window":
+                return self._window(session, header, payload, fds)
+        raise ValueError(f"unknown request {header['do']!r}")
+
+    def _setup(self, session: Session) -> _Reply:
+        device = userfaultfd.open_device()
+        try:
+            outcome, taken = session.run_stub(
+                [], Contexts(self._alive.fd), mode=stub.MODE_SETUP, device=device
+            )
+        finally:
+            os.close(device)
+        _refuse_stub_error(outcome)
+        return {"threads": outcome.threads}, b"", taken
+
+    def _window(
+        self, session: Session, header: dict[str, Any], payload: bytes, fds: list[int]
+    ) -> _Reply:
+        records = wire.unpack_records(payload)
+        if any(record.op in (Op.UNMERGE, Op.REMERGE) for record in records):
+            _refuse_pins(session.pid)
+        admitted, dropped = admit(session, records, header["inode"], header["huge"])
+        outcome = Outcome(threads=len(session.stopped.threads))
+        if admitted:
+            contexts = Contexts(self._alive.fd, *fds)
+            fail = tuple(header.get("fail", (0, 0, 0)))
+            outcome, _ = session.run_stub(admitted, contexts, fail=fail)
+            if not outcome.kept:
+                _refuse_stub_error(outcome)
+        ran = iter(outcome.results)
+        results = [(0, 0) if i in dropped else next(ran) for i in range(len(records))]
+        reply = {
+            "dropped": dropped,
+            "kept": outcome.kept,
+            "threads": outcome.threads,
+            "times": outcome.times,
+        }
+        return reply, wire.pack_results(results), []
+
+
+def _refuse_stub_error(outcome: Outcome) -> None:
+    """Turn the stub's own error (before any record was touched) into a refusal."""
+    if not outcome.error:
+        return
+    number = -outcome.error
+    reason = Reason.FD_TABLE if number == 24 else Reason.WINDOW_FAILED  # EMFILE
+    raise RefusedError(reason, os.strerror(number))
+
+
+def _refuse_pins(pid: int) -> None:
+    """Pages that were written since a merge cannot be tested for pins one by one; see stub.c."""
+    found = risks.pin_risks(pid)
+    if found:
+        raise RefusedError(Reason.PINNED_PROCESS, "; ".join(found))
+
+
+def main(arguments: list[str]) -> int:
+    """Run as ``python -m ksmd.remap.tracer FD``."""
+    end = socket.socket(fileno=int(arguments[1]))
+    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - {signal.SIGALRM})
+    signal.signal(signal.SIGALRM, _alarm)
+    libc.set_name("ksmd-tracer")
+    with contextlib.suppress(KsmdError):  # without CAP_SYS_RESOURCE: stubs survive our death
+        risks.set_oom_score_adj(os.getpid(), -900)
+    tracer = Tracer(end)
+    channel.send(end, {"ready": os.getpid()})
+    tracer.serve()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))
