@@ -96,6 +96,11 @@ def madvise(address: int, length: int, advice: int) -> None:
     _int_call("madvise", ctypes.c_void_p(address), ctypes.c_size_t(length), ctypes.c_int(advice))
 
 
+def mprotect(address: int, length: int, prot: int) -> None:
+    """mprotect(2) on our own memory."""
+    _int_call("mprotect", ctypes.c_void_p(address), ctypes.c_size_t(length), ctypes.c_int(prot))
+
+
 def mlock(address: int, length: int) -> None:
     """mlock(2) on our own memory."""
     _int_call("mlock", ctypes.c_void_p(address), ctypes.c_size_t(length))

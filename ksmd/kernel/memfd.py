@@ -162,15 +162,17 @@ def _collapse(address: int) -> bool:
     return False
 
 
-def populate_huge(extent: ExtentMap) -> int:
+def populate_huge(extent: ExtentMap, first_page: int = 0) -> int:
     """Back every whole 2 MiB block with one huge page of zeros; the number of blocks that got one.
 
+    Blocks that begin before *first_page* are left alone.
     To be called while the extent is empty: one page is touched per block, because the kernel does
     not collapse nothing, and the rest of the block costs no copy. Blocks for which no huge page is
     free stay one page and holes: fewer than asked is no error. KsmdError when memory runs out.
     """
     got = 0
-    for offset in range(0, extent.length - HUGE_PAGE_SIZE + 1, HUGE_PAGE_SIZE):
+    first = -(-first_page * PAGE_SIZE // HUGE_PAGE_SIZE) * HUGE_PAGE_SIZE
+    for offset in range(first, extent.length - HUGE_PAGE_SIZE + 1, HUGE_PAGE_SIZE):
         address = extent.address + offset
         try:
             # not a plain store: without memory that would be SIGBUS
@@ -181,10 +183,11 @@ def populate_huge(extent: ExtentMap) -> int:
     return got
 
 
-def lock(extent: ExtentMap) -> None:
-    """Fill all holes with zeros and lock all pages in memory. To be done before the pin."""
+def lock(extent: ExtentMap, first_page: int = 0) -> None:
+    """Fill the holes from *first_page* on with zeros and lock the pages. Goes before the pin."""
+    offset = first_page * PAGE_SIZE
     try:
-        libc.mlock(extent.address, extent.length)
+        libc.mlock(extent.address + offset, extent.length - offset)
     except OSError as error:
         raise _translate(error, "mlock") from error
 

@@ -237,12 +237,17 @@ def is_x86_64_elf(pid: int) -> bool:
     """Tell whether *pid* runs a 64-bit x86-64 program; i386 and x32 programs are not.
 
     Reads the head of its executable; where that cannot be opened, the size of its program headers
-    from auxv. Kernel threads have neither: False.
+    from auxv. Kernel threads and zombies have neither: False.
     """
     try:
         with Path(f"/proc/{pid}/exe").open("rb") as file:
             return is_x86_64_header(file.read(20))
     except OSError:
+        pass
+    try:
         auxv = procfs.read_process(pid, "auxv")
+    except TargetGoneError:
+        procfs.start_time(pid)  # it exists, and has no memory
+        return False
     pairs = dict(struct.iter_unpack("<QQ", auxv[: len(auxv) // 16 * 16]))
     return pairs.get(_AT_PHENT) == _ELF64_PHENT

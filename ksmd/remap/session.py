@@ -439,7 +439,9 @@ class _Borrowed:
             end.sendmsg([b"x"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", fds))])
 
     def _descriptors(self, records: list[stub.StubRecord], contexts: Contexts) -> list[int]:
-        fds = [contexts.alive, contexts.track, contexts.guard]
+        fds = [contexts.alive]
+        if contexts.track >= 0:
+            fds += [contexts.track, contexts.guard]
         if records[0].op in (Op.UNMERGE, Op.REMERGE):
             path = procfs.task_path(self._session.pid, "pagemap", self._session.tid)
             self._pagemap = os.open(path, os.O_RDONLY | os.O_CLOEXEC)

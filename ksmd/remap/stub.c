@@ -313,11 +313,17 @@ home:
 }
 
 /* Move a merged run's page table aside; accesses to the run wait in the tracking context. */
-static i64 lift(struct header *h, struct record *r, u64 aside)
+static i64 lift(struct header *h, struct record *r, u64 *where)
 {
+    u64 aside = h->aside + r->aside;
     i64 ret = inject(h, ST_REGISTERED, 0);
     if (ret)
         return ret;
+    if (h->track < 0) { /* no contexts: a child that fork made; it is read where it is */
+        *where = r->start;
+        return 0;
+    }
+    *where = aside;
     uffd_unregister(h->guard, r->start, r->length);
     ret = uffd_register(h->track, r->start, r->length, MODE_MISSING | MODE_MINOR);
     if (ret)
@@ -344,6 +350,10 @@ guard:
  * could show store content where the program dropped a page: the VMA brings its anon_vma along. */
 static void lower(struct header *h, struct record *r, u64 aside)
 {
+    if (aside == r->start) {
+        r->stage += UNDONE;
+        return;
+    }
     i64 ret = call6(SYS_mremap, aside, r->length, r->length, MREMAP_MAYMOVE | MREMAP_FIXED,
                     r->start, 0);
     int home = ret == (i64)r->start;
@@ -362,8 +372,8 @@ static i64 presence(struct header *h, u64 address, u64 npages, u64 *entries)
 /* Every page of the run becomes anonymous memory of its own; the content stays. */
 static void unmerge(struct header *h, struct record *r)
 {
-    u64 aside = h->aside + r->aside, fresh = h->fresh + r->aside, entries[512];
-    i64 ret = lift(h, r, aside);
+    u64 aside, fresh = h->fresh + r->aside, entries[512];
+    i64 ret = lift(h, r, &aside);
 
     if (ret) {
         r->result = ret;
@@ -407,9 +417,9 @@ home:
 /* Pages that were written after a merge and hold the store's content again go back to the store. */
 static void remerge(struct header *h, struct record *r)
 {
-    u64 aside = h->aside + r->aside, entries[512];
+    u64 aside, entries[512];
     u64 store = h->store_map + (r->offset - h->store_offset);
-    i64 ret = lift(h, r, aside);
+    i64 ret = lift(h, r, &aside);
 
     if (ret) {
         r->result = ret;
@@ -478,9 +488,12 @@ INLINE int lifts(struct header *h)
 static i64 receive(struct header *h)
 {
     i64 *into[5] = { &h->alive_fd, &h->track, &h->guard, &h->store, &h->pagemap };
+    i64 *bare[2] = { &h->alive_fd, &h->pagemap };
     i64 got = call3(SYS_recvmsg, h->socket, (u64)h->msghdr, RECV_FLAGS);
-    /* on EAGAIN msg_controllen still holds what went in: look only after a message */
-    u64 length = *(u64 *)(h->msghdr + 40), n = got == 1 && length >= 20 ? (length - 16) / 4 : 0;
+    /* on EAGAIN msg_controllen still holds what went in: look only after a message; and count by
+       cmsg_len, for msg_controllen is rounded up and would name a descriptor that is none of ours */
+    u64 there = got == 1 ? *(u64 *)(h->msghdr + 40) : 0;
+    u64 length = there >= 20 ? *(u64 *)h->control : 0, n = length >= 20 ? (length - 16) / 4 : 0;
     u32 flags = *(u32 *)(h->msghdr + 48);
     if (h->mode == MODE_SETUP)
         into[0] = &h->device;
@@ -489,7 +502,7 @@ static i64 receive(struct header *h)
         into[4] = &h->store;
     }
     for (u64 i = 0; i < n && i < 5; i++)
-        *into[i] = ((i32 *)(h->control + 16))[i];
+        *(h->nfds == 2 ? bare : into)[i] = ((i32 *)(h->control + 16))[i];
     if (got != 1)
         return failed(got) ? got : -ENODATA;
     return (flags & MSG_CTRUNC) || n < h->nfds ? -EMFILE : 0;

@@ -1,0 +1,135 @@
+"""``ksmctl status``: what is saved, in which state the daemon is, and what keeps it from more.
+
+Savings come first, for they are the reason to run ksmd; then the state; then what could be done
+about pages that were left alone; then who pays how much (stops, VMAs) for what.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from ksmd.cli import render
+from ksmd.cli.common import console, print_json
+from ksmd.client import Client
+from ksmd.kernel import procfs
+from ksmd.model.errors import KsmdError
+
+HELP = "what is saved, the state of the daemon, and what is left alone"
+TIMEOUT = 30.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Status takes none of its own."""
+
+
+def run(args: argparse.Namespace) -> int:
+    """Ask the daemon and show its counters."""
+    with Client(args.socket, TIMEOUT) as ksmd:
+        status = ksmd.call("Status")
+    if args.json:
+        print_json(status)
+    else:
+        show(console(), status, available_memory())
+    return 0
+
+
+def available_memory() -> int | None:
+    """Give the bytes of memory that could be had without swapping, None where it is not known."""
+    try:
+        fields = procfs.parse_fields(procfs.read_file("/proc/meminfo", "memory of the host"))
+        return int(fields["MemAvailable"].split()[0]) << 10
+    except (KsmdError, KeyError, ValueError, IndexError):
+        return None
+
+
+def show(out: Console, status: Mapping[str, Any], available: int | None) -> None:
+    """Show the counters of *status*; *available* is the memory left on the host, in bytes."""
+    profit = status["general_profit"]
+    if profit >= 0:
+        head = f"ksmd saves {render.size(profit)}"
+        out.print(Text(f"{head}, after its own costs", style="bold green"))
+    else:
+        head = f"ksmd costs {render.size(-profit)} more than it saves"
+        out.print(Text(head, style="bold red"))
+    out.print()
+    out.print(render.facts(_facts(status, available)))
+    for part in (
+        render.refusals_table(status["refusals"]),
+        render.targets_table(status["targets"]) if status["targets"] else None,
+        render.refused_targets_table(status["targets"]),
+    ):
+        if part is not None:
+            out.print()
+            out.print(part)
+    out.print()
+    for line in _advice(status, available):
+        out.print(Text(line))
+
+
+def state(status: Mapping[str, Any]) -> str:
+    """Say in one sentence what the daemon is doing."""
+    scans = render.count(status["full_scans"], "full scan")
+    if status["paused"]:
+        return f"paused after {scans}; what is merged stays merged (`ksmctl resume` goes on)"
+    if status["run"] == "stop":
+        return f"stopped by its settings (run: stop) after {scans}; merged pages stay merged"
+    if status["run"] == "unmerge":
+        return "giving every merged page back (run: unmerge)"
+    if not status["targets"]:
+        return "merging, but no process is selected: see `targets:` in the settings"
+    if status["settled"]:
+        return f"merging; settled: the last of {scans} found nothing more to merge"
+    return f"merging; {scans} so far, not settled yet"
+
+
+def _facts(status: Mapping[str, Any], available: int | None) -> list[tuple[str, str]]:
+    size, count = render.pages_size, render.count
+    headroom = f"{render.size(status['headroom_bytes'])} would be needed to give everything back"
+    if available is not None:
+        headroom += f"; the host has {render.size(available)} available"
+    return [
+        ("State", state(status)),
+        (
+            "Merged",
+            f"{count(status['pages_sharing'], 'page')} ({size(status['pages_sharing'])})"
+            f" share {count(status['pages_shared'])} in the store"
+            f" ({size(status['pages_shared'])})",
+        ),
+        ("Zero pages", f"{count(status['zero_pages'])} ({size(status['zero_pages'])}) given back"),
+        (
+            "Written since",
+            f"{count(status['cow_breaks'], 'page')}; a write gives the writer its own copy",
+        ),
+        (
+            "Candidates",
+            f"{count(status['pages_unshared'])} without a twin,"
+            f" {count(status['pages_volatile'])} changing too often",
+        ),
+        (
+            "Scanned",
+            f"{count(status['pages_scanned'], 'page')},"
+            f" {count(status['pages_skipped'])} skipped without reading",
+        ),
+        ("Own cost", f"{render.size(status['metadata_bytes'])} of tables and other memory"),
+        ("Headroom", headroom),
+    ]
+
+
+def _advice(status: Mapping[str, Any], available: int | None) -> list[str]:
+    lines = []
+    if available is not None and status["headroom_bytes"] > available:
+        lines.append(
+            "Take care: the host could not hold everything un-shared. Stop or move work before"
+            " `ksmctl unmerge`."
+        )
+    if status["general_profit"] < 0 and status["pages_sharing"]:
+        lines.append("It does not pay here: `ksmctl unmerge` gives every page back.")
+    if status["refusals"] or any(target["refused"] for target in status["targets"]):
+        lines.append("Why a process is not merged, range by range: `ksmctl why PID`.")
+    lines.append("Undo: `ksmctl pause` stops scanning, `ksmctl unmerge [--pid N]` un-shares.")
+    return lines

@@ -1,0 +1,174 @@
+"""Where things lie: pages that follow each other, extents, and places in the store.
+
+Everything here works on columns and without a loop over pages. Pages of all targets are compared
+by one key, slot << 44 | page number: 2^44 pages are the whole user half of a 57-bit address space.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ksmd.model.plan import ExtentPlan
+from ksmd.model.tables import RUN, SPAN
+from ksmd.model.units import HUGE_PAGE_PAGES
+
+U32 = NDArray[np.uint32]
+U64 = NDArray[np.uint64]
+Bools = NDArray[np.bool_]
+Index = NDArray[np.intp]
+
+#: Kernel memory for one more VMA of a target. Measured on Linux 6.18: a merged page by itself
+#: splits its VMA in three and costs 540 to 735 bytes of slab (two vm_area_struct of 192 bytes, and
+#: for each maple tree nodes and an anon_vma_chain).
+VMA_BYTES = 300
+
+_PAGE_BITS = 44
+_SLOTS = 1 << (64 - _PAGE_BITS)
+
+
+@dataclass(frozen=True, slots=True)
+class PlanLimits:
+    """What bounds a plan; sizes in pages.
+
+    ``huge_pages``: source runs of so many pages get extents of their own, congruent with their
+    source, so that 2 MiB pages fit. ``max_extent_pages`` bounds these, ``packed_extent_pages`` the
+    extents that all other pages share. ``vma_bytes``: what one more VMA of a target costs.
+    """
+
+    huge_pages: int = HUGE_PAGE_PAGES
+    max_extent_pages: int = 65536
+    packed_extent_pages: int = 4096
+    vma_bytes: int = VMA_BYTES
+
+    def __post_init__(self) -> None:
+        if min(self.huge_pages, self.max_extent_pages, self.packed_extent_pages) <= 0:
+            raise ValueError("a plan needs extents of at least one page")
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """New store pages in the order in which they are laid out.
+
+    ``extent`` and ``index`` (uint64) say where each goes; ``part`` numbers the extents from 0, the
+    huge ones first: ``nhuge`` of them.
+    """
+
+    slots: U32
+    pages: U64
+    extent: U64
+    index: U64
+    nhuge: int
+
+    @property
+    def places(self) -> U64:
+        """Store pages, extent << 32 | index."""
+        return (self.extent << np.uint64(32)) | self.index
+
+
+def page_keys(slots: U32, pages: U64) -> U64:
+    """Return keys that order pages by (slot, page); ValueError for numbers that do not fit."""
+    if slots.size and (int(slots.max()) >= _SLOTS or int(pages.max()) >> _PAGE_BITS):
+        raise ValueError("a slot or a page number is too large to be one")
+    return (slots.astype(np.uint64) << np.uint64(_PAGE_BITS)) | pages
+
+
+def starts_where(*steady: Bools) -> Index:
+    """Return where sequences start, given for each step from one entry to the next what must hold.
+
+    Every array has one entry less than the sequence; an entry that is False starts a new one.
+    """
+    if not steady:
+        raise ValueError("nothing to cut by")
+    new = np.ones(steady[0].size + 1, np.bool_)
+    np.logical_not(np.logical_and.reduce(steady), out=new[1:])
+    return np.flatnonzero(new)
+
+
+def advances(column: NDArray[np.uint64]) -> Bools:
+    """Return for each step whether the column goes up by exactly one."""
+    up: Bools = column[1:] - column[:-1] == 1
+    return up
+
+
+def spans_of(slots: U32, pages: U64) -> NDArray[np.void]:
+    """Return pages in the order given as SPANs of neighbours."""
+    if not pages.size:
+        return np.empty(0, SPAN)
+    starts = starts_where(slots[1:] == slots[:-1], advances(pages))
+    spans = np.empty(starts.size, SPAN)
+    spans["target"] = slots[starts]
+    spans["npages"] = np.diff(starts, append=pages.size)
+    spans["page"] = pages[starts]
+    return spans
+
+
+def runs_of(slots: U32, pages: U64, places: U64) -> tuple[NDArray[np.void], Index]:
+    """Return maximal RUNs of pages sorted by (slot, page), and where each starts."""
+    if not pages.size:
+        return np.empty(0, RUN), np.empty(0, np.intp)
+    starts = starts_where(slots[1:] == slots[:-1], advances(pages), advances(places))
+    runs = np.empty(starts.size, RUN)
+    runs["target"] = slots[starts]
+    runs["npages"] = np.diff(starts, append=pages.size)
+    runs["page"] = pages[starts]
+    runs["extent"] = places[starts] >> np.uint64(32)
+    runs["index"] = places[starts] & np.uint64(0xFFFF_FFFF)
+    return runs, starts
+
+
+def lay_out(slots: U32, pages: U64, next_extent: int, limits: PlanLimits) -> Layout:
+    """Give each page (sorted by (slot, page)) a place in a new extent.
+
+    Long source runs go to extents of their own, cut where the source crosses a multiple of
+    ``max_extent_pages``; a cut-off end shorter than ``huge_pages`` is packed with the rest.
+    """
+    n = pages.size
+    extent = np.zeros(n, np.uint64)
+    index = np.zeros(n, np.uint64)
+    if not n:
+        return Layout(slots, pages, extent, index, 0)
+    source = starts_where(slots[1:] == slots[:-1], advances(pages))
+    length = np.diff(source, append=n)
+    # Cuts in long runs, at multiples of the extent's size counted from the 2 MiB page below.
+    first = np.repeat(pages[source], length)
+    piece = (pages - (first - first % HUGE_PAGE_PAGES)) // np.uint64(limits.max_extent_pages)
+    fresh = np.zeros(n, np.bool_)
+    fresh[source] = True
+    long_run = np.repeat(length >= limits.huge_pages, length)
+    fresh[1:] |= long_run[1:] & (piece[1:] != piece[:-1])
+    part = np.flatnonzero(fresh)
+    length = np.diff(part, append=n)
+    own = (length >= limits.huge_pages) & long_run[part]
+    huge = np.repeat(own, length)
+    extent[huge] = np.repeat(np.arange(np.count_nonzero(own)), length[own])
+    index[huge] = (np.arange(n) - np.repeat(part, length))[huge]
+    nhuge = int(np.count_nonzero(own))
+    rest = np.arange(n - int(np.count_nonzero(huge)))
+    extent[~huge] = nhuge + rest // limits.packed_extent_pages
+    index[~huge] = rest % limits.packed_extent_pages
+    extent += np.uint64(next_extent)
+    if int(extent.max()) >> 32:
+        raise ValueError("extent ids have run out")
+    return Layout(slots, pages, extent, index, nhuge)
+
+
+def extents_of(layout: Layout, checksums: U32, next_extent: int) -> tuple[ExtentPlan, ...]:
+    """Return the extents of a layout; ``checksums`` has one entry per page of it."""
+    if not layout.pages.size:
+        return ()
+    order = np.argsort(layout.places, kind="stable")
+    extent = layout.extent[order]
+    starts = starts_where(extent[1:] == extent[:-1])
+    ends = np.append(starts[1:], extent.size)
+    plans = []
+    for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
+        at = order[start:end]
+        number = int(extent[start])
+        huge = number - next_extent < layout.nhuge
+        phase = int(layout.pages[at[0]]) % HUGE_PAGE_PAGES if huge else 0
+        sources = spans_of(layout.slots[at], layout.pages[at])
+        plans.append(ExtentPlan(number, end - start, huge, phase, sources, checksums[at]))
+    return tuple(plans)

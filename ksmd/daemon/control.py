@@ -1,0 +1,291 @@
+"""The control socket: who may call, how many, and what becomes of a call.
+
+The server lives in the daemon's own selector and never blocks, so no caller, however slow or
+broken, can hold up a scan or a stop window. What a method means is decided by ``dispatch``; this
+module checks it against the interface description first, so that ``dispatch`` sees known methods
+with parameters of the right types only.
+
+A daemon loop uses it so::
+
+    server = ControlServer(path, dispatch)
+    server.register(selector)
+    while running:
+        for key, mask in selector.select(timeout):
+            key.data(key, mask)              # key.data is server.handle
+        server.expire()                      # about once a second is enough
+    server.close()
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import selectors
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ksmd
+from ksmd.daemon import interface
+from ksmd.daemon.connection import Call, CallError, Connection, Peer, peer_of
+from ksmd.daemon.listening import close_socket, listen
+from ksmd.daemon.protocol import (
+    INTERFACE,
+    SERVICE,
+    ReplyMessage,
+    encode_reply,
+    split_method,
+)
+from ksmd.model.errors import KsmdError, TargetGoneError
+
+__all__ = ["Call", "CallError", "ControlServer", "Dispatch", "Peer"]
+
+log = logging.getLogger(__name__)
+
+#: Method name without the interface, checked parameters (null ones left out), the call. The result
+#: is the reply; None means that the call is answered later, through ``Call.reply``/``Call.error``.
+#: CallError and KsmdError become error replies.
+Dispatch = Callable[[str, dict[str, Any], Call], dict[str, Any] | None]
+
+MAX_CONNECTIONS = 256
+#: Seconds for which a caller may owe the rest of a message or leave replies unread.
+STALL_SECONDS = 10.0
+_ACCEPTS_PER_TURN = 16
+
+_SERVICE_TEXT = """\
+# The Varlink service interface (https://varlink.org/Service).
+interface org.varlink.service
+
+method GetInfo() -> (
+  vendor: string, product: string, version: string, url: string, interfaces: []string
+)
+method GetInterfaceDescription(interface: string) -> (description: string)
+
+error InterfaceNotFound (interface: string)
+error MethodNotFound (method: string)
+error MethodNotImplemented (method: string)
+error InvalidParameter (parameter: string)
+error PermissionDenied ()
+error ExpectedMore ()
+"""
+
+
+class ControlServer:
+    """Serves the socket at *path* (made here, mode 0600, its directory too where it is missing).
+
+    Raise KsmdError when a live daemon answers there already; a socket left behind by a dead one is
+    replaced. *on_close* is told the ``connection_id`` of every connection that ends.
+    """
+
+    def __init__(
+        self,
+        path: Path | str,
+        dispatch: Dispatch,
+        on_close: Callable[[int], None] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.path = Path(path)
+        self._dispatch = dispatch
+        self._closed_hook = on_close
+        self._clock = clock
+        self._interfaces = {INTERFACE: interface.load(), SERVICE: interface.parse(_SERVICE_TEXT)}
+        self._listener, self._identity = listen(self.path)
+        self._reserve: int | None = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+        self._connections: dict[int, Connection] = {}
+        self._masks: dict[int, int] = {}  # by connection id, what the selector waits for
+        self._selector: selectors.BaseSelector | None = None
+        self._accepting = False
+        self._count = 0
+
+    def __len__(self) -> int:
+        """Give the number of open connections."""
+        return len(self._connections)
+
+    def register(self, selector: selectors.BaseSelector) -> None:
+        """Put the listening socket (and later every connection) into *selector*.
+
+        The ``data`` of each key is :meth:`handle`.
+        """
+        self._selector = selector
+        self._accept_on()
+
+    def handle(self, key: selectors.SelectorKey, mask: int) -> None:
+        """Do what *key* is ready for."""
+        if key.fileobj is self._listener:
+            self._accept()
+        elif isinstance(key.fileobj, Connection) and not key.fileobj.closed:
+            key.fileobj.handle(mask)
+
+    def expire(self) -> None:
+        """Drop callers that stall or have left, and accept again after a shortage. Cheap."""
+        for connection in list(self._connections.values()):
+            if connection.stalled(STALL_SECONDS):
+                log.info("dropping pid %d: it stalled", connection.peer.pid)
+                connection.close()
+        if self._reserve is None:
+            with contextlib.suppress(OSError):
+                self._reserve = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+        if self._selector is not None and self._reserve is not None:
+            self._accept_on()
+
+    def close(self) -> None:
+        """Answer who still waits, close everything, remove the socket if it is still ours."""
+        for connection in list(self._connections.values()):
+            connection.stop(message="ksmd is stopping", hint="", exit_code=1)
+        self._accept_off()
+        close_socket(self._listener, self.path, self._identity)
+        if self._reserve is not None:
+            os.close(self._reserve)
+            self._reserve = None
+
+    # -- accepting -----------------------------------------------------------------------------
+
+    def _accept_on(self) -> None:
+        if not self._accepting and self._selector is not None:
+            self._selector.register(self._listener, selectors.EVENT_READ, self.handle)
+            self._accepting = True
+
+    def _accept_off(self) -> None:
+        if self._accepting and self._selector is not None:
+            self._selector.unregister(self._listener)
+            self._accepting = False
+
+    def _accept(self) -> None:
+        for _ in range(_ACCEPTS_PER_TURN):
+            try:
+                sock, _ = self._listener.accept()
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno not in {errno.ECONNABORTED, errno.EINTR}:
+                    self._shortage(error)
+                    return
+                continue
+            self._admit(sock)
+
+    def _admit(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        if peer_of(sock).uid != 0:
+            hint = "call as root"
+            _turn_away(sock, "PermissionDenied", "only root may control ksmd", hint)
+            return
+        if len(self._connections) >= MAX_CONNECTIONS:
+            self.expire()
+        if len(self._connections) >= MAX_CONNECTIONS:
+            message = f"ksmd serves {MAX_CONNECTIONS} connections already"
+            _turn_away(sock, "TooManyConnections", message, "close some, then try again")
+            return
+        self._count += 1
+        connection = Connection(
+            self._count, sock, self._begin, self._watch, self._forget, self._clock
+        )
+        self._connections[connection.id] = connection
+        self._watch(connection)
+
+    def _shortage(self, error: OSError) -> None:
+        """Out of file descriptors: spend the one in reserve to turn one caller away.
+
+        A caller left in the queue would wake the loop for ever. Where even that does not help,
+        nobody is accepted until ``expire`` finds a descriptor free.
+        """
+        log.warning("cannot accept a caller: %s", error.strerror)
+        if self._reserve is not None:
+            os.close(self._reserve)
+            self._reserve = None
+            with contextlib.suppress(OSError):
+                sock, _ = self._listener.accept()
+                sock.setblocking(False)
+                _turn_away(
+                    sock,
+                    "TooManyConnections",
+                    "ksmd has no file descriptor left",
+                    "raise its LimitNOFILE=, or close other connections",
+                )
+            with contextlib.suppress(OSError):
+                self._reserve = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+        if self._reserve is None:
+            self._accept_off()
+
+    # -- connections ---------------------------------------------------------------------------
+
+    def _watch(self, connection: Connection) -> None:
+        """Make the selector wait for exactly what *connection* can use."""
+        known, mask = self._masks.get(connection.id, 0), connection.interest
+        if mask == known or self._selector is None:
+            return
+        if not known:
+            self._selector.register(connection, mask, self.handle)
+        elif not mask:
+            self._selector.unregister(connection)
+        else:
+            self._selector.modify(connection, mask, self.handle)
+        self._masks[connection.id] = mask
+
+    def _forget(self, connection: Connection) -> None:
+        if self._masks.pop(connection.id, 0) and self._selector is not None:
+            self._selector.unregister(connection)
+        del self._connections[connection.id]
+        if self._closed_hook is not None:
+            self._closed_hook(connection.id)
+
+    # -- calls ---------------------------------------------------------------------------------
+
+    def _begin(self, call: Call) -> None:
+        try:
+            result = self._answer(call)
+        except CallError as error:
+            call.error(error.name, **error.parameters)
+        except TargetGoneError as error:
+            call.error("TargetGone", message=str(error), hint=error.hint)
+        except KsmdError as error:
+            code = int(error.exit_code)
+            call.error("Failed", message=str(error), hint=error.hint, exit_code=code)
+        except Exception:
+            # The last line of defence: a mistake in one method must not end the daemon, whose
+            # targets it guards. The log has the traceback, the caller learns that there is one.
+            log.exception("%s failed", call.method)
+            message = f"{call.method} failed in a way that ksmd did not expect"
+            call.error("Internal", message=message, hint="its log has the details")
+        else:
+            if result is not None:
+                call.reply(result)
+
+    def _answer(self, call: Call) -> dict[str, Any] | None:
+        name, method = split_method(call.method)
+        known = self._interfaces.get(name)
+        if known is None:
+            raise CallError(f"{SERVICE}.InterfaceNotFound", interface=name)
+        if method not in known.methods:
+            raise CallError(f"{SERVICE}.MethodNotFound", method=call.method)
+        wrong = known.takes(method, call.parameters)
+        if wrong is not None:
+            raise CallError(f"{SERVICE}.InvalidParameter", parameter=wrong)
+        given = {key: value for key, value in call.parameters.items() if value is not None}
+        if name == SERVICE:
+            return self._service(method, given)
+        return self._dispatch(method, given, call)
+
+    def _service(self, method: str, parameters: dict[str, Any]) -> dict[str, Any]:
+        if method == "GetInfo":
+            return {
+                "vendor": "ksmd",
+                "product": "ksmd",
+                "version": ksmd.__version__,
+                "url": "man:ksmd(8)",
+                "interfaces": sorted(self._interfaces),
+            }
+        known = self._interfaces.get(parameters["interface"])
+        if known is None:
+            raise CallError(f"{SERVICE}.InterfaceNotFound", interface=parameters["interface"])
+        return {"description": known.text}
+
+
+def _turn_away(sock: socket.socket, name: str, message: str, hint: str) -> None:
+    """Say why, and close. The socket is new and non-blocking: the words fit or are lost."""
+    parameters = {"message": message, "hint": hint}
+    with contextlib.suppress(OSError), sock:
+        sock.send(encode_reply(ReplyMessage(parameters, error=f"{INTERFACE}.{name}")))

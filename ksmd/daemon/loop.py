@@ -1,0 +1,193 @@
+"""The main loop: one thread, one selector, and work in small steps between events.
+
+Work is a generator (:mod:`ksmd.daemon.pipeline`). What somebody asked for (scan, unmerge) runs as a
+job, one after the other, and takes the place of the background scan, which starts anew afterwards.
+Nothing here blocks for longer than one step: reading some ten thousand pages, or one stop window.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import selectors
+import signal
+import socket
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from ksmd.daemon.control import ControlServer
+from ksmd.model.errors import KsmdError
+
+log = logging.getLogger(__name__)
+
+#: Pauses between background scans: short while there is work, long when all is settled.
+_BUSY_PAUSE_SECS = 1.0
+_IDLE_PAUSE_SECS = 20.0
+_HOUSEKEEPING_SECS = 1.0
+
+Step = float | Any
+
+
+@dataclass(slots=True)
+class Job:
+    """Work that somebody asked for. ``steps`` yields seconds to wait, or interim results."""
+
+    name: str
+    steps: Iterator[Step]
+    on_result: Callable[[Any], None]
+    on_done: Callable[[], None]
+    on_error: Callable[[KsmdError], None]
+
+
+class Loop:
+    """Runs until :meth:`stop`. *background* makes the endless scan; *housekeep* runs every second.
+
+    *background* yields floats; a pass that is complete is told by *pass_done*, which gives the
+    pause before the next one.
+    """
+
+    def __init__(
+        self,
+        background: Callable[[], Iterator[float]],
+        background_allowed: Callable[[], bool],
+        housekeep: Callable[[], None],
+        on_signal: Callable[[int], None],
+    ) -> None:
+        self._background = background
+        self._allowed = background_allowed
+        self._housekeep = housekeep
+        self._on_signal = on_signal
+        self._jobs: deque[Job] = deque()
+        self._work: Iterator[float] | None = None
+        self._due = 0.0
+        self._next_housekeeping = 0.0
+        self._stopping = False
+        self.selector = selectors.DefaultSelector()
+        self._server: ControlServer | None = None
+        self._wake, self._woken = socket.socketpair()
+        for end in (self._wake, self._woken):
+            end.setblocking(False)
+        self.selector.register(self._woken, selectors.EVENT_READ)
+
+    def catch_signals(self, numbers: tuple[int, ...]) -> None:
+        """Have these signals delivered to *on_signal*, in the loop."""
+        signal.set_wakeup_fd(self._wake.fileno(), warn_on_full_buffer=False)
+        for number in numbers:
+            signal.signal(number, lambda *_: None)
+
+    def serve(self, server: ControlServer) -> None:
+        """Let *server* take part in the loop."""
+        server.register(self.selector)
+        self._server = server
+
+    def add(self, job: Job) -> None:
+        """Run *job* after those that wait already; the background scan gives way."""
+        self._jobs.append(job)
+        self.hurry()
+
+    def hurry(self) -> None:
+        """Start the next background scan now."""
+        self._work, self._due = None, 0.0
+
+    def stop(self) -> None:
+        """Leave the loop after the current step."""
+        self._stopping = True
+
+    @property
+    def busy(self) -> bool:
+        """Whether a job runs or waits."""
+        return bool(self._jobs)
+
+    def run(self) -> None:
+        """Run until stopped."""
+        while not self._stopping:
+            self._events(self._timeout())
+            now = time.monotonic()
+            if now >= self._next_housekeeping:
+                self._next_housekeeping = now + _HOUSEKEEPING_SECS
+                self._housekeep()
+                if self._server is not None:
+                    self._server.expire()
+            if not self._stopping and now >= self._due:
+                self._due = now + self._step()
+
+    def drain(self) -> None:
+        """Run the jobs that wait to their end, without events: for the way out."""
+        while self._jobs:
+            time.sleep(self._job_step())
+
+    def close(self) -> None:
+        """Close what the loop holds."""
+        signal.set_wakeup_fd(-1)
+        self.selector.close()
+        self._wake.close()
+        self._woken.close()
+
+    def _timeout(self) -> float:
+        wait = min(self._due, self._next_housekeeping) - time.monotonic()
+        return max(0.0, wait)
+
+    def _events(self, timeout: float) -> None:
+        for key, mask in self.selector.select(timeout):
+            if key.fileobj is self._woken:
+                self._signals()
+            else:
+                key.data(key, mask)
+
+    def _signals(self) -> None:
+        try:
+            numbers = set(self._woken.recv(4096))
+        except BlockingIOError:
+            return
+        for number in sorted(numbers):
+            self._on_signal(number)
+
+    def _step(self) -> float:
+        """Do one step of whatever is to be done; seconds until the next."""
+        if self._jobs:
+            return self._job_step()
+        if not self._allowed():
+            self._work = None
+            return _HOUSEKEEPING_SECS
+        if self._work is None:
+            self._work = self._background()
+        try:
+            return next(self._work)
+        except StopIteration:
+            self._work = None
+            return _IDLE_PAUSE_SECS
+        except KsmdError as error:
+            log.error("the scan was given up: %s", error)
+            self._work = None
+            return _BUSY_PAUSE_SECS
+
+    def _job_step(self) -> float:
+        job = self._jobs[0]
+        try:
+            step = next(job.steps)
+        except StopIteration:
+            self._jobs.popleft()
+            job.on_done()
+        except KsmdError as error:
+            self._jobs.popleft()
+            job.on_error(error)
+        else:
+            if isinstance(step, float):
+                return step
+            job.on_result(step)
+        return 0.0
+
+
+def watch_pid(selector: selectors.BaseSelector, pid: int, on_exit: Callable[[], None]) -> None:
+    """Call *on_exit* from the selector when process *pid* ends."""
+    pidfd = os.pidfd_open(pid)
+
+    def handle(_key: selectors.SelectorKey, _mask: int) -> None:
+        selector.unregister(pidfd)
+        os.close(pidfd)
+        on_exit()
+
+    selector.register(pidfd, selectors.EVENT_READ, handle)

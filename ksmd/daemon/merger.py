@@ -1,0 +1,334 @@
+"""The changing half of the pipeline: plan, store, digests, stop windows, ledger.
+
+Each step is small enough that the main loop can look at its sockets in between: the generators here
+yield after every extent that was filled and every window that was opened.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ksmd.core.digest import HEAD_SIZE
+from ksmd.core.focus import focus
+from ksmd.core.planner import make_plan
+from ksmd.core.windows import cut_into_windows
+from ksmd.daemon.prepare import prepare
+from ksmd.daemon.state import PASSING, Domain, Target
+from ksmd.daemon.targets import Targets
+from ksmd.guard.client import Pager
+from ksmd.kernel import risks
+from ksmd.model.errors import KsmdError, TargetGoneError
+from ksmd.model.plan import Plan
+from ksmd.model.refusal import Reason
+from ksmd.model.units import PAGE_SHIFT
+from ksmd.model.window import Op, Record, WindowRequest, WindowResult
+from ksmd.remap.engine import Engine
+from ksmd.remap.store import Extent
+from ksmd.settings import Settings
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class MergeResult:
+    """What one merge pass did, in pages."""
+
+    merged: int = 0
+    zeroed: int = 0
+    remerged: int = 0
+    windows: int = 0
+    refused: Counter[Reason] = field(default_factory=Counter)
+
+    @property
+    def changed(self) -> int:
+        """Pages that are shared now and were not before."""
+        return self.merged + self.zeroed + self.remerged
+
+
+class Merger:
+    """Plans and carries out merges. ``asked``: somebody waits, so stops need no pauses."""
+
+    def __init__(self, targets: Targets, engine: Engine, pager: Pager) -> None:
+        self._targets = targets
+        self._engine = engine
+        self._pager = pager
+        self._next_extent = 1
+
+    @property
+    def _settings(self) -> Settings:
+        return self._targets.settings
+
+    # -- planning ---------------------------------------------------------------------------
+
+    def plan(self, domain: Domain, asked: bool) -> Plan:
+        """Plan one domain. Nothing is changed; the plan's extents have numbers but no memory."""
+        checksums, pages = domain.store.pages()
+        zero = domain.checksummer.zero
+        members = domain.tables.duplicates(checksums, zero)
+        ready = {target.slot for target in self._of(domain) if self._may_stop(target, asked)}
+        members = focus(members, ready, 0 if asked else self._settings.window.max_pages)
+        return make_plan(
+            members,
+            store_checksums=checksums,
+            store_pages=pages,
+            zero_checksum=zero,
+            vma_room={target.slot: self._vma_room(target) for target in self._of(domain)},
+            next_extent=self._next_extent,
+        )
+
+    def _of(self, domain: Domain) -> list[Target]:
+        return [t for t in self._targets if t.selected.domain == domain.name]
+
+    def _may_stop(self, target: Target, asked: bool) -> bool:
+        interval = self._settings.window.interval_secs
+        return target.may_stop(time.monotonic(), interval, asked)
+
+    def _vma_room(self, target: Target) -> int:
+        """VMAs that the target may still get: a share of what the program itself leaves free."""
+        share = risks.max_map_count() * self._settings.limits.vma_percent // 100
+        return max(0, share - target.vmas)
+
+    # -- carrying out -------------------------------------------------------------------------
+
+    def merge_pass(self, asked: bool, result: MergeResult) -> Iterator[MergeResult]:
+        """Plan every domain and carry the plans out; adds to *result*, gives it after each step."""
+        for domain in list(self._targets.domains.values()):
+            plan = self.plan(domain, asked)
+            result.refused.update(plan.refused)
+            yield from self._carry_out(domain, plan, asked, result)
+        yield result
+
+    def _carry_out(
+        self, domain: Domain, plan: Plan, asked: bool, result: MergeResult
+    ) -> Iterator[MergeResult]:
+        self._next_extent += len(plan.extents)
+        yield from self._fill(domain, plan, result)
+        window = self._settings.window
+        for target in self._of(domain):
+            runs = plan.merges[plan.merges["target"] == target.slot]
+            zeros = plan.zeros[plan.zeros["target"] == target.slot]
+            phases = {number: extent.phase for number, extent in domain.store.extents.items()}
+            batches = cut_into_windows(
+                runs, zeros, target.areas, phases, window.max_runs, window.max_pages
+            )
+            for extent, records in batches:
+                if target.slot not in self._targets.by_slot or not self._may_stop(target, asked):
+                    break
+                if extent and extent not in domain.store.extents:
+                    continue
+                self._window(domain, target, extent, records, result)
+                yield result
+
+    def _fill(self, domain: Domain, plan: Plan, result: MergeResult) -> Iterator[MergeResult]:
+        """Make the plan's new extents."""
+        for planned in plan.extents:
+            try:
+                domain.store.create(planned, self._copy)
+            except KsmdError as error:
+                log.warning("domain %s: %s", domain.name, error)
+                result.refused[Reason.STORE_FULL] += planned.npages
+            yield result
+
+    def _copy(self, slot: int, page: int, view: memoryview) -> int:
+        target = self._targets.by_slot.get(slot)
+        if target is None:
+            return 0
+        try:
+            return target.memory.read_exclusive_into(page << PAGE_SHIFT, view)
+        except TargetGoneError:
+            self._targets.drop(target)
+            return 0
+
+    def _window(
+        self,
+        domain: Domain,
+        target: Target,
+        extent_number: int,
+        records: list[Record],
+        result: MergeResult,
+    ) -> None:
+        """Confirm a batch of records by digest, then open one stop window for what is left."""
+        extent = domain.store.extents.get(extent_number)
+        try:
+            if not self._ready(target):
+                return
+            if extent is not None:
+                records = self._confirmed(domain, target, extent, records, result)
+        except TargetGoneError:
+            self._targets.drop(target)
+            return
+        if not records:
+            return
+        done = self.open(target, records, extent)
+        result.windows += 1
+        self._account(domain, target, done, result)
+
+    def _ready(self, target: Target) -> bool:
+        """Make the target's contexts where it has none yet."""
+        if target.contexts is None:
+            prepare(target, self._engine, self._pager, self._settings.window.deadline_ms)
+        return target.contexts is not None
+
+    def _confirmed(
+        self,
+        domain: Domain,
+        target: Target,
+        extent: Extent,
+        records: Sequence[Record],
+        result: MergeResult,
+    ) -> list[Record]:
+        """Records whose store pages are sound and whose digests match, before any stop."""
+        kept = []
+        for record in records:
+            if record.op is Op.ZERO:
+                kept.append(record)
+                continue
+            first, npages = extent.index(record.offset), record.length >> PAGE_SHIFT
+            if not extent.good[first : first + npages].all():
+                result.refused[Reason.CHANGED] += npages
+            elif self._digests_match(domain, target, extent, record):
+                kept.append(record)
+            else:
+                result.refused[Reason.DIGEST] += npages
+        return kept
+
+    def _digests_match(
+        self, domain: Domain, target: Target, extent: Extent, record: Record
+    ) -> bool:
+        first, npages = extent.index(record.offset), record.length >> PAGE_SHIFT
+        page = extent.number << 32 | first
+        digest = domain.sha1_cache.get(page, npages)
+        if digest is None:
+            digest = domain.digest.of_pages(extent.view(first, npages))
+            domain.sha1_cache.put(page, npages, digest)
+        return domain.digest.of_heads(self._heads(domain, target, record)) == digest
+
+    def _heads(self, domain: Domain, target: Target, record: Record) -> bytes:
+        """Read the page heads of a run by way of whole pages: a page costs, not its bytes."""
+        buffer = domain.checksummer.buffer
+        heads = bytearray()
+        for at in range(0, record.length, len(buffer)):
+            view = buffer[: min(len(buffer), record.length - at)]
+            target.memory.read_exclusive_into(record.start + at, view)
+            octets: NDArray[np.uint8] = np.frombuffer(view, np.uint8).reshape(-1, 1 << PAGE_SHIFT)
+            heads += octets[:, :HEAD_SIZE].tobytes()
+        return bytes(heads)
+
+    # -- one window -----------------------------------------------------------------------------
+
+    def open(self, target: Target, records: list[Record], extent: Extent | None) -> WindowResult:
+        """Open one stop window: the pager hears of the ranges before it and after it."""
+        assert target.contexts is not None
+        request = WindowRequest(
+            target.id,
+            tuple(records),
+            extent.map.inode if extent is not None else 0,
+            deadline_ms=self._settings.window.deadline_ms,
+            accept_seccomp_risk=target.selected.accept_seccomp_risk,
+        )
+        ranges = [(r.start, r.start + r.length) for r in records if r.op is not Op.ZERO]
+        self._pager.extend(target.slot, ranges)
+        try:
+            done = self._engine.window(
+                request,
+                target.contexts,
+                extent.map.fd_ro if extent is not None else -1,
+                huge=extent is not None and extent.huge,
+            )
+        finally:
+            self._pager.settle(target.slot, ranges)
+        now = time.monotonic()
+        target.last_window = now
+        if done.refused is Reason.GONE:
+            self._targets.drop(target)
+        elif done.refused is not None:
+            log.info("pid %d refused: %s %s", target.pid, done.refused, done.detail)
+            target.refuse(done.refused, done.detail, now)
+        else:
+            target.accepted()
+            target.stops.add(done.total_us / 1000)
+        return done
+
+    def _account(
+        self, domain: Domain, target: Target, done: WindowResult, result: MergeResult
+    ) -> None:
+        if done.refused is not None and done.refused in PASSING:
+            return
+        gone: list[NDArray[np.uint64]] = []
+        for outcome in done.outcomes:
+            record = outcome.record
+            first, npages = record.start >> PAGE_SHIFT, record.length >> PAGE_SHIFT
+            if outcome.reason is not None:
+                result.refused[outcome.reason] += npages
+                continue
+            gone.append(np.arange(first, first + npages, dtype=np.uint64))
+            if record.op is Op.ZERO:
+                target.zeros.add(first, first + npages)
+                result.zeroed += npages
+            elif record.op is Op.MERGE:
+                result.merged += npages
+            else:
+                result.remerged += npages
+        if gone and target.slot in self._targets.by_slot:
+            domain.tables.forget_pages(target.slot, np.concatenate(gone))
+
+    # -- pages that were written and are equal again -----------------------------------------
+
+    def remerge_pass(self, asked: bool, result: MergeResult) -> Iterator[MergeResult]:
+        """Give CoW-broken pages that hold the store's content again back to the store."""
+        for target in self._targets:
+            if not target.broken or target.contexts is None or not self._may_stop(target, asked):
+                continue
+            domain = self._targets.domain(target)
+            try:
+                found = self._equal_again(domain, target)
+            except TargetGoneError:
+                self._targets.drop(target)
+                continue
+            for extent_number, records in found.items():
+                window = records[: self._settings.window.max_runs]
+                done = self.open(target, window, domain.store.extents[extent_number])
+                result.windows += 1
+                self._account(domain, target, done, result)
+                yield result
+                if target.slot not in self._targets.by_slot or not self._may_stop(target, asked):
+                    break
+
+    def _equal_again(self, domain: Domain, target: Target) -> dict[int, list[Record]]:
+        found: dict[int, list[Record]] = defaultdict(list)
+        for mapping in target.mappings:
+            vma, extent = mapping.vma, mapping.extent
+            if extent.number not in domain.store.extents:
+                continue
+            _, broken = target.pagemap.still_shared(vma.start, vma.end)
+            for page in broken[target.pagemap.exclusive_of(broken)].tolist():
+                offset = vma.offset + (page << PAGE_SHIFT) - vma.start
+                index = extent.index(offset)
+                view = domain.checksummer.buffer[: 1 << PAGE_SHIFT]
+                target.memory.read_exclusive_into(page << PAGE_SHIFT, view)
+                if 0 <= index < extent.npages and extent.view(index, 1) == view:
+                    found[extent.number].append(
+                        Record(Op.REMERGE, page << PAGE_SHIFT, 1 << PAGE_SHIFT, offset)
+                    )
+        return found
+
+    # -- leaving ------------------------------------------------------------------------------
+
+    def forget_contexts(self, target: Target) -> None:
+        """Close the contexts of a target in which nothing is merged any more."""
+        if target.contexts is None:
+            return
+        self._pager.drop(target.slot)
+        with contextlib.suppress(OSError):
+            os.close(target.contexts.guard)
+            os.close(target.contexts.track)
+        target.contexts = None

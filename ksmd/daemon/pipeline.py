@@ -1,0 +1,113 @@
+"""The straight line, as one short function: select, scan, plan, merge, account.
+
+:meth:`Pipeline.full_pass` is what the daemon does, over and over. It is a generator so that the
+main loop stays in charge: after each bounded step it gives the seconds to wait before the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ksmd.core.ledger import Ledger
+from ksmd.daemon.accounting import Accounting
+from ksmd.daemon.merger import Merger, MergeResult
+from ksmd.daemon.scanner import Scanner, ScanResult
+from ksmd.daemon.targets import Targets
+from ksmd.daemon.unmerger import Unmerger
+from ksmd.guard.client import Pager
+from ksmd.remap.engine import Engine
+from ksmd.settings import Settings
+
+#: Passes after which `scan --until-settled` gives up on memory that keeps changing.
+MAX_PASSES = 50
+
+
+@dataclass(frozen=True, slots=True)
+class PassResult:
+    """One full scan and what was merged after it, in pages."""
+
+    scan: ScanResult
+    merge: MergeResult
+
+    @property
+    def settled(self) -> bool:
+        """Nothing merged and no page was new: another pass would do no more."""
+        return not self.merge.changed and not self.scan.new
+
+
+@dataclass(frozen=True, slots=True)
+class AskedResult:
+    """What a scan that somebody asked for did, in pages."""
+
+    scanned: int
+    merged: int
+    settled: bool
+    passes: int
+
+
+class Pipeline:
+    """All that works on targets, wired up."""
+
+    def __init__(self, targets: Targets, engine: Engine, pager: Pager) -> None:
+        self.targets = targets
+        self.scanner = Scanner(targets)
+        self.merger = Merger(targets, engine, pager)
+        self.ledger = Ledger()
+        self.accounting = Accounting(targets, pager, self.ledger)
+        self.unmerger = Unmerger(targets, self.merger, self.accounting, engine, pager)
+        self.last: PassResult | None = None
+        self.volatile = 0
+
+    @property
+    def _settings(self) -> Settings:
+        return self.targets.settings
+
+    def full_pass(self, asked: bool) -> Iterator[float]:
+        """Scan everything once and merge what the scan found; sets :attr:`last`."""
+        pause = 0.0 if asked else self._settings.scan.sleep_millisecs / 1000
+        self.targets.refresh()
+        scan = ScanResult()
+        for _ in self.scanner.full_scan(self._settings.scan.pages_to_scan, scan):
+            yield pause
+        self.ledger.full_scans += 1
+        self.ledger.pages_scanned += scan.scanned
+        self.ledger.pages_skipped += sum(scan.refused.values())
+        self.volatile = scan.volatile + scan.new
+        merge = MergeResult()
+        if self._settings.run == "merge":
+            yield from self._merge(asked, pause, merge)
+        self.last = PassResult(scan, merge)
+
+    def _merge(self, asked: bool, pause: float, merge: MergeResult) -> Iterator[float]:
+        limit = self._settings.scan.max_pages_to_merge
+        done = 0
+        for _ in self.merger.merge_pass(asked, merge):
+            if merge.changed - done >= limit:
+                done = merge.changed
+                yield pause
+            else:
+                yield 0.0
+        yield from self._recount()
+        before = merge.windows
+        for _ in self.merger.remerge_pass(asked, merge):
+            yield 0.0
+        if merge.windows != before:
+            yield from self._recount()
+
+    def _recount(self) -> Iterator[float]:
+        for _ in self.accounting.recount():
+            yield 0.0
+
+    def asked_scan(self, until_settled: bool) -> Iterator[float | AskedResult]:
+        """Scan now (KSM_SCAN): twice, so that pages can be seen unchanged; or until it settles."""
+        scanned = merged = passes = 0
+        settled = False
+        while passes < (MAX_PASSES if until_settled else 2) and not (until_settled and settled):
+            yield from self.full_pass(asked=True)
+            assert self.last is not None
+            passes += 1
+            scanned += self.last.scan.scanned
+            merged += self.last.merge.changed
+            settled = self.last.settled
+            yield AskedResult(scanned, merged, settled, passes)

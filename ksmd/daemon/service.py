@@ -1,0 +1,324 @@
+"""The daemon: settings, the processes beside it, the pipeline, and who may ask it for what."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from ksmd.daemon import report
+from ksmd.daemon.connection import Call, CallError
+from ksmd.daemon.control import ControlServer
+from ksmd.daemon.loop import Job, Loop, watch_pid
+from ksmd.daemon.pipeline import AskedResult, Pipeline
+from ksmd.daemon.targets import Targets
+from ksmd.daemon.unmerger import UnmergeResult
+from ksmd.guard import selftest
+from ksmd.guard.client import Pager
+from ksmd.kernel.features import probe
+from ksmd.kernel.iouring import PinRing
+from ksmd.model.errors import KernelFeatureError, KsmdError, PrivilegeError
+from ksmd.model.features import Feature
+from ksmd.model.refusal import Reason
+from ksmd.remap.engine import Engine
+from ksmd.settings import Settings, changed, load
+
+log = logging.getLogger(__name__)
+
+_SIGNALS = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
+
+
+class Service:
+    """One running daemon. KernelFeatureError or PrivilegeError where it could not be safe."""
+
+    def __init__(self, settings: Settings, config: Path | None, socket: Path) -> None:
+        self._config = config
+        self._paused = False
+        self._leaving = False
+        # before the first child process, so that a second daemon disturbs nothing
+        self.server = ControlServer(socket, self.dispatch)
+        try:
+            self.features = require_features()
+            self._pager = Pager()
+            self._engine = Engine()
+            self._start_helpers()
+        except BaseException:
+            self.server.close()
+            raise
+        pages = psutil.virtual_memory().available // 4096
+        targets = Targets(settings, settings.resolved_tables(pages), PinRing(), self._pager)
+        targets.ours |= {self._pager.pid, self._engine.pid}
+        self.pipeline = Pipeline(targets, self._engine, self._pager)
+        self.loop = Loop(self._background, self._may_scan, self._housekeep, self._on_signal)
+        self.loop.serve(self.server)
+        self._watch_pager()
+
+    def _start_helpers(self) -> None:
+        self._pager.start()
+        for failed in self._pager.failed:
+            log.warning("the pager %s", failed)
+        self._engine.start()
+
+    # -- life -------------------------------------------------------------------------------
+
+    def run(self) -> int:
+        """Serve until told to stop; then unmerge, if the settings say so."""
+        self.loop.catch_signals(_SIGNALS)
+        log.info("ready on %s", self.server.path)
+        self.loop.run()
+        try:
+            return self._leave()
+        finally:
+            self.server.close()
+            self._engine.close()
+            self._pager.close()
+            self.loop.close()
+
+    def _leave(self) -> int:
+        """Unmerge on the way out (on_stop); what cannot be given back keeps its guard."""
+        if self._settings.on_stop == "keep":
+            log.warning("stopping with on_stop: keep; merged memory stays guarded by the pager")
+            return 0
+        failed: list[str] = []
+
+        def done(result: UnmergeResult) -> None:
+            if result.left:
+                failed.append(f"{result.left} pages could not be given back: {result.reason}")
+
+        def error(why: KsmdError) -> None:
+            failed.append(f"{why} ({why.hint})" if why.hint else str(why))
+
+        targets = list(self.pipeline.targets)
+        self.loop.add(
+            Job("unmerge", self.pipeline.unmerger.unmerge(targets), _last(done), _nothing, error)
+        )
+        self.loop.drain()
+        for line in failed:
+            log.error("%s", line)
+        return 1 if failed else 0
+
+    @property
+    def _settings(self) -> Settings:
+        return self.pipeline.targets.settings
+
+    def _watch_pager(self) -> None:
+        watch_pid(self.loop.selector, self._pager.pid, self._pager_died)
+
+    def _pager_died(self) -> None:
+        if self._leaving:
+            return
+        log.error("the pager (pid %d) died; starting another", self._pager.pid)
+        self.pipeline.targets.ours.discard(self._pager.pid)
+        self._pager.restart()
+        self.pipeline.targets.ours.add(self._pager.pid)
+        self._watch_pager()
+
+    def _may_scan(self) -> bool:
+        return not self._paused and self._settings.run == "merge" and bool(self._settings.targets)
+
+    def _background(self) -> Iterator[float]:
+        yield from self.pipeline.full_pass(asked=False)
+
+    def _housekeep(self) -> None:
+        self._pager.pump()
+
+    # -- signals ------------------------------------------------------------------------------
+
+    def _on_signal(self, number: int) -> None:
+        match number:
+            case signal.SIGHUP:
+                self._try_reload()
+            case signal.SIGUSR1:
+                self._scan(until_settled=False, call=None)
+            case signal.SIGUSR2:
+                log.info("%s", report.summary(self.pipeline, self._paused))
+                for target in self._status()["targets"]:
+                    log.info("%s", target)
+            case signal.SIGTERM | signal.SIGINT:
+                log.info("stopping")
+                self._leaving = True
+                self.loop.stop()
+
+    def _try_reload(self) -> None:
+        try:
+            self._reload()
+        except KsmdError as error:
+            log.error("the old settings stay: %s", error)
+
+    def _reload(self) -> None:
+        if self._config is None:
+            raise KsmdError("ksmd was started without --config, there is nothing to read again")
+        old, new = self._settings, load(self._config)
+        differences = changed(old, new)
+        self.pipeline.targets.settings = new
+        log.info("settings read again: %s", ", ".join(differences) or "nothing changed")
+        if new.run == "unmerge" and old.run != "unmerge":
+            self._unmerge(None, None)
+        self.loop.hurry()
+
+    # -- the control socket ---------------------------------------------------------------------
+
+    def dispatch(
+        self, method: str, parameters: dict[str, Any], call: Call
+    ) -> dict[str, Any] | None:
+        """Answer one call of org.ksmd.Control; None when the answer comes later."""
+        match method:
+            case "GetApiVersion":
+                return {"version": 1}
+            case "Status":
+                return self._status()
+            case "Targets":
+                return {"targets": self._status()["targets"]}
+            case "Scan":
+                waits = bool(parameters.get("wait"))
+                self._scan(bool(parameters.get("until_settled")), call if waits else None)
+                return None if waits else {"scanned": 0, "merged": 0, "settled": False, "passes": 0}
+            case "Unmerge":
+                return self._unmerge(parameters.get("pid"), call, bool(parameters.get("wait")))
+            case "Pause" | "Resume":
+                self._paused = method == "Pause"
+                self.loop.hurry()
+                return {}
+            case "Features":
+                return {"features": [_feature(feature) for feature in self.features]}
+            case "Reload":
+                self._reload()
+                return {}
+            case "Plan":
+                return report.plan(self.pipeline)
+            case "Why":
+                return self._why(parameters["pid"], parameters.get("address"))
+        raise CallError("org.varlink.service.MethodNotImplemented", method=method)
+
+    def _status(self) -> dict[str, Any]:
+        ours = (os.getpid(), self._pager.pid, self._engine.pid)
+        return report.as_dict(report.status(self.pipeline, self._paused, ours))
+
+    def _scan(self, until_settled: bool, call: Call | None) -> None:
+        last: list[AskedResult] = []
+
+        def interim(result: AskedResult) -> None:
+            last[:] = [result]
+            if call is not None:
+                call.reply(_asked(result), continues=True)
+
+        def done() -> None:
+            if call is not None:
+                call.reply(_asked(last[0]))
+
+        steps = self.pipeline.asked_scan(until_settled)
+        self.loop.add(Job("scan", steps, interim, done, _fail(call)))
+
+    def _unmerge(
+        self, pid: int | None, call: Call | None, wait: bool = False
+    ) -> dict[str, Any] | None:
+        if pid is None:
+            targets = list(self.pipeline.targets)
+        else:
+            target = self.pipeline.targets.by_pid(pid)
+            if target is None:
+                raise CallError(
+                    "NotRegistered",
+                    pid=pid,
+                    message=f"process {pid} is no target of ksmd",
+                    hint="`ksmctl targets` lists them",
+                )
+            targets = [target]
+        self.pipeline.unmerger.check_memory(targets)
+        expected = sum(len(target.sites) for target in targets)
+        last = UnmergeResult()
+
+        def interim(result: UnmergeResult) -> None:
+            nonlocal last
+            last = result
+
+        def done() -> None:
+            if call is not None and wait:
+                call.reply(_unmerged(last))
+
+        steps = self.pipeline.unmerger.unmerge(targets)
+        self.loop.add(Job("unmerge", steps, interim, done, _fail(call if wait else None)))
+        return None if wait else {"pages": expected}
+
+    def _why(self, pid: int, address: int | None) -> dict[str, Any]:
+        answer = report.why(self.pipeline, pid, address)
+        if answer is None:
+            raise CallError(
+                "NotRegistered",
+                pid=pid,
+                message=f"process {pid} is no target of ksmd",
+                hint="no rule of the settings selects it; `ksmctl targets` lists who is",
+            )
+        return answer
+
+
+def require_features() -> tuple[Feature, ...]:
+    """Probe the kernel and prove the guard; refuse to go on without what is needed."""
+    if os.geteuid() != 0:
+        raise PrivilegeError("ksmd must run as root", "start it with sudo, or as a system service")
+    features = (*probe(), selftest.run())
+    missing = [feature for feature in features if feature.needed and not feature.present]
+    if missing:
+        first = missing[0]
+        raise KernelFeatureError(
+            f"this kernel or sandbox lacks {first.name}: {first.detail}",
+            f"{first.without}; `ksmctl features` shows everything",
+        )
+    return features
+
+
+def _feature(feature: Feature) -> dict[str, Any]:
+    return {
+        "name": feature.name,
+        "present": feature.present,
+        "needed": feature.needed,
+        "detail": feature.detail,
+        "without": feature.without,
+    }
+
+
+def _asked(result: AskedResult) -> dict[str, Any]:
+    return {
+        "scanned": result.scanned,
+        "merged": result.merged,
+        "settled": result.settled,
+        "passes": result.passes,
+    }
+
+
+def _unmerged(result: UnmergeResult) -> dict[str, Any]:
+    answer: dict[str, Any] = {"pages": result.pages}
+    if result.left:
+        reason = result.reason or Reason.WINDOW_FAILED
+        answer["refused"] = [report.refusal(reason, f"{result.left} pages")]
+    return answer
+
+
+def _fail(call: Call | None) -> Callable[[KsmdError], None]:
+    def fail(error: KsmdError) -> None:
+        log.error("%s", error)
+        if call is not None:
+            call.error(
+                "Failed", message=str(error), hint=error.hint, exit_code=int(error.exit_code)
+            )
+
+    return fail
+
+
+def _nothing() -> None:
+    pass
+
+
+def _last(tell: Callable[[UnmergeResult], None]) -> Callable[[UnmergeResult], None]:
+    """Pass on only the result that is complete: interim ones have nothing left behind yet."""
+
+    def remember(result: UnmergeResult) -> None:
+        if result.left:
+            tell(result)
+
+    return remember

@@ -1,0 +1,130 @@
+"""What the daemon knows: targets and trust domains. Values and small lookups, no kernel calls."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ksmd.core.checksum import Checksummer, sums_of
+from ksmd.core.digest import HeadDigest, Sha1Cache
+from ksmd.core.eligibility import RefusedRange
+from ksmd.core.ledger import StopTimes
+from ksmd.core.selection import Selected
+from ksmd.core.tables import PageTables
+from ksmd.guard.intervals import Intervals
+from ksmd.kernel.iouring import PinRing
+from ksmd.kernel.memory import Memory
+from ksmd.kernel.pagemap import PageMap
+from ksmd.model.process import TargetId
+from ksmd.model.refusal import Reason
+from ksmd.model.vma import Area, Vma
+from ksmd.remap.engine import TargetContexts
+from ksmd.remap.store import Extent, Store
+from ksmd.settings.models import TableSizes
+
+#: Refusals that may pass: tried again after a while. All others last for the target's life.
+PASSING = frozenset(
+    {
+        Reason.TRACED,
+        Reason.FROZEN,
+        Reason.UNSTOPPABLE,
+        Reason.SHARED_MM,
+        Reason.NO_ANCHOR,
+        Reason.NO_THREAD,
+        Reason.FD_TABLE,
+        Reason.PINNED_PROCESS,
+        Reason.STALE_STUB,
+        Reason.WINDOW_FAILED,
+        Reason.NO_GUARD,
+    }
+)
+_FIRST_PAUSE_SECS = 5.0
+_DIGEST_ENTRY = 32  # bytes; entries that were never used take no memory
+_LONGEST_PAUSE_SECS = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Mapping:
+    """One of our mappings in a target: a VMA, and the extent that it shows."""
+
+    vma: Vma
+    extent: Extent
+
+
+@dataclass(slots=True)
+class Target:
+    """One process. ``slot`` numbers it in the tables and is never used again."""
+
+    slot: int
+    selected: Selected
+    memory: Memory
+    pagemap: PageMap
+    areas: list[Area] = field(default_factory=list)
+    refused_ranges: list[RefusedRange] = field(default_factory=list)
+    contexts: TargetContexts | None = None
+    refused: Reason | None = None
+    detail: str = ""
+    pause_secs: float = 0.0
+    retry_at: float = 0.0
+    last_window: float = 0.0
+    stops: StopTimes = field(default_factory=StopTimes)
+    zeros: Intervals = field(default_factory=Intervals)
+    zero_pages: int = 0
+    vmas: int = 0
+    mappings: list[Mapping] = field(default_factory=list)
+    sites: NDArray[np.uint64] = field(default_factory=lambda: np.empty(0, np.uint64))
+    broken: int = 0
+    cow_breaks: int = 0
+
+    @property
+    def id(self) -> TargetId:
+        """The process."""
+        return self.selected.process.id
+
+    @property
+    def pid(self) -> int:
+        """Its pid."""
+        return self.id.pid
+
+    def refuse(self, reason: Reason, detail: str, now: float) -> None:
+        """Leave the target alone: for good, or with growing pauses where the reason may pass."""
+        self.refused, self.detail = reason, detail
+        if reason in PASSING:
+            self.pause_secs = min(self.pause_secs * 2 or _FIRST_PAUSE_SECS, _LONGEST_PAUSE_SECS)
+            self.retry_at = now + self.pause_secs
+        else:
+            self.retry_at = float("inf")
+
+    def accepted(self) -> None:
+        """A window went well: whatever was in the way has passed."""
+        self.refused, self.detail, self.pause_secs, self.retry_at = None, "", 0.0, 0.0
+
+    def may_stop(self, now: float, interval: float, asked: bool) -> bool:
+        """Whether a stop window may be opened now."""
+        if self.refused is not None and self.refused not in PASSING:
+            return False
+        return asked or (now >= self.retry_at and now - self.last_window >= interval)
+
+
+class Domain:
+    """A trust domain: pages merge only inside one. Seed and key are secrets of this run."""
+
+    def __init__(self, name: str, sizes: TableSizes, ring: PinRing) -> None:
+        self.name = name
+        self.seed = secrets.randbits(64)
+        self.tables = PageTables(sizes.rmap_hash_size, sizes.page_hash_size)
+        self.checksummer = Checksummer(self.seed)
+        self.digest = HeadDigest(secrets.token_bytes(32))
+        self.sha1_cache = Sha1Cache(sizes.sha1_hash_size)
+        self.store = Store(name, self._sums, ring)
+
+    def _sums(self, view: memoryview) -> NDArray[np.uint32]:
+        return sums_of(view, self.seed)
+
+    @property
+    def table_bytes(self) -> int:
+        """Bytes of page hash, rmap and digest tables."""
+        return self.tables.nbytes + len(self.sha1_cache) * _DIGEST_ENTRY

@@ -1,0 +1,322 @@
+"""The daemon's side of the pager: starts it, tells it what is merged, and survives its death.
+
+Every context is held twice, by the pager and here (children's contexts too: the pager sends them).
+While at least one of the two lives, no target sees store content where it dropped memory; while the
+pager is dead, targets that touch dropped memory wait. So its end must be noticed (:meth:`fileno`
+becomes readable, :meth:`pump` says False) and :meth:`restart` called at once.
+
+What the pager must know at its start is only which ranges are not *settled*: those of stop windows
+under way. Nothing else depends on what targets did meanwhile, so a new pager is as good as the old.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from ksmd.guard.intervals import Intervals
+from ksmd.kernel import channel
+from ksmd.model.errors import KsmdError
+
+#: Seconds after which a pager that does not answer is taken for dead.
+DEADLINE = 10.0
+#: Ranges per message: the pager answers faults between messages only.
+CHUNK = 256
+
+Ranges = Iterable[tuple[int, int]]
+
+
+class PagerGoneError(KsmdError):
+    """The pager has died or hangs. After ``restart()`` the failed call holds too."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(f"the pager is gone: {why}", "restart() it; targets wait meanwhile")
+
+
+class PagerRefusedError(KsmdError):
+    """The pager answered with an error: a context that is none, an unknown id."""
+
+
+@dataclass(slots=True)
+class _Held:
+    fd: int
+    owed: Intervals = field(default_factory=Intervals)
+
+
+class Pager:
+    """One pager process. Not thread-safe: it belongs to the daemon's main loop.
+
+    ``id`` is the daemon's number of a target; it must not be used again for another target.
+    Every call raises PagerGoneError when the pager is gone, PagerRefusedError when it refuses.
+    ``failed`` lists what the pager could not do to protect itself, as sentences.
+    """
+
+    def __init__(self) -> None:
+        self.pid = 0
+        self.failed: list[str] = []
+        self._end: socket.socket | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._pidfd = -1
+        self._held: dict[int, _Held] = {}
+        self._children: dict[int, tuple[int, int]] = {}  # key -> id, fd
+
+    # life
+
+    def start(self) -> None:
+        """Start the process and wait until it serves."""
+        mine, its = channel.pair()
+        with its:
+            self._process = subprocess.Popen(
+                # -P: what lies in the current directory must not be imported
+                [sys.executable, "-P", "-m", "ksmd.guard.pager", str(its.fileno())],
+                pass_fds=(its.fileno(),),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        self._attach(mine, self._process.pid)
+        hello = self._receive(time.monotonic() + DEADLINE)
+        self.failed = list(hello["failed"])
+
+    @classmethod
+    def adopt(cls, end: socket.socket) -> Pager:
+        """Take over a running pager through a channel's end that :meth:`hand_over` gave.
+
+        All its contexts come to us; :meth:`ids` names the targets.
+        """
+        pager = cls()
+        pager._end = end
+        answer = pager._ask({"do": "claim"})
+        pager._attach(end, int(answer["pid"]))
+        deadline = time.monotonic() + DEADLINE
+        while time.monotonic() < deadline:
+            held = pager.stats()
+            if (held["contexts"], held["children"]) == (len(pager._held), len(pager._children)):
+                return pager
+        raise PagerGoneError("it does not tell all its contexts")
+
+    def hand_over(self) -> socket.socket:
+        """Give a further end of the pager's channel, for another process to adopt."""
+        mine, its = channel.pair()
+        with its:
+            self._ask({"do": "hand-over"}, its.fileno())
+        return mine
+
+    def restart(self) -> None:
+        """Replace a pager that is dead or hangs; targets that waited go on."""
+        self.kill()
+        self._collect_news()  # children that it told of before it died are in the queue until now
+        self._detach()
+        self.start()
+        for target, held in self._held.items():
+            self._tell(target, held)
+        for key, (target, fd) in list(self._children.items()):
+            # a child of an unfinished stop window would be owed pages; fork has copied them
+            self._ask({"do": "guard", "id": target, "child": key}, fd)
+
+    def kill(self) -> None:
+        """End the process by force. What it guards waits until :meth:`restart`, or is let go."""
+        if self._pidfd >= 0:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+            select.select([self._pidfd], [], [], DEADLINE)
+        if self._process is not None:
+            self._process.kill()  # does nothing to one that has been waited for
+            self._process.wait()
+            self._process = None
+
+    def close(self, force: bool = False) -> bool:
+        """Let go of everything; tell whether the pager left.
+
+        A pager that holds contexts stays and serves them, unless *force* kills it: only for targets
+        of which nothing is merged any more.
+        """
+        left = False
+        with contextlib.suppress(PagerGoneError, PagerRefusedError):
+            self._ask({"do": "quit"})
+            left = True
+        if left and self._process is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(DEADLINE)
+        if force:
+            self.kill()
+            left = True
+        self._detach()
+        for held in self._held.values():
+            os.close(held.fd)
+        for _, fd in self._children.values():
+            os.close(fd)
+        self._held.clear()
+        self._children.clear()
+        return left
+
+    def alive(self) -> bool:
+        """Tell whether the process runs."""
+        if self._process is not None and self._process.poll() is not None:
+            return False
+        return self._pidfd >= 0 and not select.select([self._pidfd], [], [], 0)[0]
+
+    def fileno(self) -> int:
+        """Give the channel's descriptor: readable means news, to be taken by :meth:`pump`."""
+        return self._end.fileno() if self._end is not None else -1
+
+    def pump(self) -> bool:
+        """Take news without waiting; False when the pager is gone."""
+        return self._collect_news() and self.alive()
+
+    # contexts
+
+    @property
+    def ids(self) -> list[int]:
+        """The targets whose own context is held."""
+        return list(self._held)
+
+    def guard(self, target: int, fd: int, ranges: Ranges = ()) -> None:
+        """Hand the target's guard context over. *fd* stays the caller's; we keep a duplicate."""
+        if target in self._held:
+            raise ValueError(f"{target} is guarded already")
+        held = _Held(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3), Intervals(ranges))
+        self._held[target] = held
+        try:
+            self._tell(target, held)
+        except PagerRefusedError:
+            os.close(self._held.pop(target).fd)
+            raise
+
+    def extend(self, target: int, ranges: Ranges) -> None:
+        """Announce ranges before the stop window that merges them."""
+        ranges = list(ranges)
+        for start, end in ranges:
+            self._held[target].owed.add(start, end)
+        self._send_ranges("extend", target, ranges)
+
+    def settle(self, target: int, ranges: Ranges) -> None:
+        """Confirm ranges after the stop window: populated, and each VMA had its CONTINUE.
+
+        From then on fork copies them, and no ledger is needed to serve a child. Until then a child
+        is filled from the store, which cannot see drops without an event (MADV_GUARD_INSTALL), nor
+        drops that another pager saw.
+        """
+        self._forget("settle", target, ranges)
+
+    def retract(self, target: int, ranges: Ranges) -> None:
+        """Take announced ranges back: the window did not merge them, or they were unmerged."""
+        self._forget("retract", target, ranges)
+
+    def drop(self, target: int) -> None:
+        """Let go of a target that is gone or has nothing merged. Unknown ids are no error."""
+        held = self._held.pop(target, None)
+        if held is not None:
+            os.close(held.fd)
+        self._ask({"do": "drop", "id": target})
+
+    def stats(self) -> dict[str, int]:
+        """Give the pager's counters."""
+        answer = self._ask({"do": "stats"})
+        return {name: value for name, value in answer.items() if name != "ok"}
+
+    def children(self, target: int) -> int:
+        """Count the living contexts of processes forked from the target, at any depth."""
+        return int(self._ask({"do": "children", "id": target})["children"])
+
+    # inside
+
+    def _attach(self, end: socket.socket, pid: int) -> None:
+        self._end = end
+        self.pid = pid
+        self._pidfd = os.pidfd_open(pid)
+
+    def _detach(self) -> None:
+        if self._end is not None:
+            self._end.close()
+            self._end = None
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+            self._pidfd = -1
+
+    def _tell(self, target: int, held: _Held) -> None:
+        ranges = list(held.owed)
+        first, rest = ranges[:CHUNK], ranges[CHUNK:]
+        self._ask({"do": "guard", "id": target, "ranges": first}, held.fd)
+        self._send_ranges("extend", target, rest)
+
+    def _forget(self, verb: str, target: int, ranges: Ranges) -> None:
+        ranges = list(ranges)
+        for start, end in ranges:
+            self._held[target].owed.remove(start, end)
+        self._send_ranges(verb, target, ranges)
+
+    def _send_ranges(self, verb: str, target: int, ranges: list[tuple[int, int]]) -> None:
+        for index in range(0, len(ranges), CHUNK):
+            self._ask({"do": verb, "id": target, "ranges": ranges[index : index + CHUNK]})
+
+    def _ask(self, header: dict[str, Any], *fds: int) -> dict[str, Any]:
+        deadline = time.monotonic() + DEADLINE
+        end = self._channel()
+        end.settimeout(DEADLINE)
+        try:
+            channel.send(end, header, fds=fds)
+        except (channel.PeerGoneError, TimeoutError) as error:
+            raise PagerGoneError("its channel is closed or full") from error
+        while True:
+            answer = self._receive(deadline)
+            if "ok" in answer:
+                break
+        if not answer["ok"]:
+            raise PagerRefusedError(f"the pager refuses {header['do']}: {answer['error']}")
+        return answer
+
+    def _channel(self) -> socket.socket:
+        if self._end is None:
+            raise PagerGoneError("it was not started")
+        return self._end
+
+    def _receive(self, deadline: float) -> dict[str, Any]:
+        """Take one message; news are noted before they are returned."""
+        end = self._channel()
+        end.settimeout(max(0.001, deadline - time.monotonic()))
+        try:
+            header, _, fds = channel.receive(end)
+        except channel.PeerGoneError as error:
+            raise PagerGoneError("it closed its channel") from error
+        except TimeoutError as error:
+            raise PagerGoneError(f"no answer in {DEADLINE:g} s") from error
+        if header.get("event") == "context":
+            self._hold(header["id"], header["key"], fds[0])
+        elif header.get("event") == "gone":
+            for key in header["keys"]:
+                self._release(key)
+        return header
+
+    def _hold(self, target: int, key: int, fd: int) -> None:
+        if key:
+            self._children[key] = target, fd
+        elif target in self._held:
+            os.close(fd)
+        else:
+            self._held[target] = _Held(fd)
+
+    def _release(self, key: int) -> None:
+        child = self._children.pop(key, None)
+        if child is not None:
+            os.close(child[1])
+
+    def _collect_news(self) -> bool:
+        if self._end is None:
+            return False
+        while select.select([self._end], [], [], 0)[0]:
+            try:
+                self._receive(time.monotonic() + DEADLINE)
+            except PagerGoneError:
+                return False
+        return True

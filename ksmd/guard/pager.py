@@ -1,0 +1,290 @@
+"""The pager: a process that answers faults on merged memory, and does nothing else.
+
+``python -m ksmd.guard.pager FD``, where FD is its end of a SOCK_SEQPACKET channel. As long as it
+lives, dropped merged memory reads as zeros; while it is dead, targets that touch dropped memory
+wait. So it is small, locked in memory, hard to kill by accident, and never waits: every descriptor
+is non-blocking, what cannot be sent is kept. It outlives the daemon while it holds living contexts.
+
+Messages (``do``), each answered with {"ok": true, ...} or {"ok": false, "error": ...}:
+
+``guard``     {id, ranges?, child?} + 1 fd: hold this context. ``child``: the key of a child's.
+``extend``    {id, ranges}: these are about to be merged; told before the stop window.
+``settle``    {id, ranges}: these are merged, populated, and each VMA had its UFFDIO_CONTINUE.
+``retract``   {id, ranges}: these are not merged (any more).
+``drop``      {id}: the target is gone or has nothing merged. Its children stay guarded.
+``children``  {id} -> {children}: living contexts that descend from the target.
+``stats``     -> the counters.
+``hand-over`` + 1 fd: a further channel's end.
+``claim``     the sender is the owner from now on: it is told of all contexts.
+``quit``      leave, if no context is held.
+
+News for the owner: {"event": "hello", pid, failed, nofile} at start; for each new child {"event":
+"context", id, key} + fd, so that a second process holds what a restarted pager needs; and
+{"event": "gone", keys}.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import resource
+import select
+import signal
+import socket
+import sys
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from ksmd.guard.watch import Ranges, Watch
+from ksmd.kernel import channel, libc
+from ksmd.model.units import PAGE_SIZE
+
+COMM = "ksmd-pager"
+OOM_SCORE_ADJ = -900
+
+_SOON = 0.001  # s: the sender of an event has to run on, or a descriptor has to come free
+_UNSENT = 0.02  # s: the owner does not read
+_SWEEP = 2.0  # s: idle sweeps for dead children
+_GONE_KEYS = 500  # per message
+
+
+class _Line:
+    """One channel, and the answers that it could not take yet."""
+
+    def __init__(self, end: socket.socket) -> None:
+        end.setblocking(False)
+        self.end = end
+        self.answers: deque[dict[str, Any]] = deque()
+
+
+def _ranges(header: dict[str, Any]) -> Ranges:
+    ranges = [(start, end) for start, end in header.get("ranges", ())]
+    for start, end in ranges:
+        if not 0 <= start < end < 1 << 64 or (start | end) % PAGE_SIZE:
+            raise ValueError(f"not a range of pages: [{start:#x}, {end:#x})")
+    return ranges
+
+
+class Pager:
+    """The loop and the verbs of its channels."""
+
+    def __init__(self, end: socket.socket, failed: list[str]) -> None:
+        self._epoll = select.epoll()
+        self._watch = Watch(self._epoll)
+        self._lines: dict[int, _Line] = {}
+        self._owner: _Line | None = self._connect(end)
+        self._leaving = False
+        self._unsent = False
+        nofile = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self._owner.answers.append(
+            {"event": "hello", "pid": os.getpid(), "failed": failed, "nofile": nofile}
+        )
+
+    def run(self) -> None:
+        """Serve until there is nobody left to serve."""
+        self._send()
+        while self._lines or self._watch.live:
+            calls = []
+            for fd, _ in self._poll():
+                if fd in self._watch:
+                    self._watch.serve(fd)
+                else:
+                    calls.append(fd)
+            self._watch.go_on()
+            for fd in calls:
+                self._call(fd)
+            self._send()
+            if self._leaving and not self._unsent:
+                return
+
+    def _poll(self) -> list[tuple[int, int]]:
+        if self._watch.eager:
+            return self._epoll.poll(0)
+        if self._watch.busy:
+            return self._epoll.poll(_SOON)
+        if self._unsent:
+            return self._epoll.poll(_UNSENT)
+        if self._lines and self._watch.live == self._watch.contexts:
+            return self._epoll.poll()
+        ready = self._epoll.poll(_SWEEP)
+        if not ready:
+            # without a daemon nobody drops the contexts of targets that ended
+            self._watch.sweep(roots=not self._lines)
+        return ready
+
+    # channels
+
+    def _connect(self, end: socket.socket) -> _Line:
+        line = _Line(end)
+        self._lines[end.fileno()] = line
+        self._epoll.register(end.fileno(), select.EPOLLIN)
+        return line
+
+    def _disconnect(self, line: _Line) -> None:
+        if self._lines.pop(line.end.fileno(), None) is None:
+            return
+        self._epoll.unregister(line.end.fileno())
+        line.end.close()
+        if self._owner is line:
+            self._owner = None
+
+    def _call(self, fd: int) -> None:
+        """Take one message, so that faults come between any two."""
+        line = self._lines.get(fd)
+        if line is None:
+            return
+        fds: list[int] = []
+        try:
+            header, _, fds = channel.receive(line.end)
+            answer: dict[str, Any] = {"ok": True, **self._answer(line, header, fds)}
+        except BlockingIOError:
+            return
+        except channel.PeerGoneError:
+            self._disconnect(line)
+            return
+        except Exception as error:  # a bug of the daemon must not end the guard of its targets
+            answer = {"ok": False, "error": f"{type(error).__name__}: {error}"}
+        for left in fds:
+            os.close(left)
+        line.answers.append(answer)
+
+    def _send(self) -> None:
+        self._unsent = False
+        for line in list(self._lines.values()):
+            try:
+                while line.answers:
+                    channel.send(line.end, line.answers[0])
+                    line.answers.popleft()
+                if line is self._owner:
+                    self._tell(line.end)
+            except channel.PeerGoneError:
+                self._disconnect(line)
+            except OSError:  # the peer's queue is full, or too many descriptors are in flight
+                self._unsent = True
+        if self._owner is None:
+            self._watch.gone.clear()
+
+    def _tell(self, end: socket.socket) -> None:
+        news = self._watch.unannounced
+        while news:
+            fd, context = next(iter(news.items()))
+            header = {"event": "context", "id": context.target, "key": context.key}
+            channel.send(end, header, fds=(fd,))
+            del news[fd]
+        while self._watch.gone:
+            keys = self._watch.gone[:_GONE_KEYS]
+            channel.send(end, {"event": "gone", "keys": keys})
+            del self._watch.gone[:_GONE_KEYS]
+
+    # verbs
+
+    def _answer(self, line: _Line, header: dict[str, Any], fds: list[int]) -> dict[str, int]:
+        """Do what a message says. What is left in *fds* will be closed."""
+        match header["do"]:
+            case "guard":
+                self._guard(header, fds)
+            case "extend" | "settle" | "retract" as verb:
+                context = self._watch.root(header["id"])
+                note = context.extend if verb == "extend" else context.settle
+                for start, end in _ranges(header):
+                    note(start, end)
+            case "drop":
+                self._watch.drop(header["id"])
+            case "children":
+                return {"children": self._watch.children(header["id"])}
+            case "stats":
+                return self._stats()
+            case "hand-over":
+                (fd,) = fds
+                self._connect(socket.socket(fileno=fd))
+                fds.clear()
+            case "claim":
+                self._owner = line
+                self._watch.announce_all()
+                return {"pid": os.getpid()}
+            case "quit":
+                if self._watch.live:
+                    raise ValueError(f"{self._watch.live} contexts are held")
+                self._leaving = True
+            case verb:
+                raise ValueError(f"unknown: {verb!r}")
+        return {}
+
+    def _guard(self, header: dict[str, Any], fds: list[int]) -> None:
+        (fd,) = fds
+        target, key = int(header["id"]), int(header.get("child", 0))
+        if not key and self._watch.has_root(target):
+            raise ValueError(f"{target} is guarded already")
+        self._watch.add(fd, target, key, _ranges(header))
+        fds.clear()
+
+    def _stats(self) -> dict[str, int]:
+        watch, count = self._watch, self._watch.count
+        return {
+            "contexts": watch.contexts,
+            "children": watch.live - watch.contexts,
+            "faults": count.faults,
+            "zeroed": count.zeroed,
+            "woken": count.woken,
+            "filled": count.filled,
+            "forks": count.forks,
+            "removes": count.removes,
+            "remaps": count.remaps,
+            "reaped": count.reaped,
+            "starved": watch.starved,
+            "fds": _fds(),
+        }
+
+
+def _fds() -> int:
+    try:
+        return len(os.listdir("/proc/self/fd")) - 1  # noqa: PTH208 - no pathlib in here
+    except OSError:  # none is left to look with
+        return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
+def _write(path: str, text: str) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(fd, text.encode())
+    finally:
+        os.close(fd)
+
+
+def _settle_in() -> list[str]:
+    """Make this process hard to disturb; what failed, as sentences."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE):
+        signal.signal(number, signal.SIG_IGN)
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    gc.freeze()  # what start-up made lives for ever: collections stay short
+    failed = []
+    steps: tuple[tuple[str, Callable[[], None]], ...] = (
+        ("set its name", lambda: _write("/proc/self/comm", COMM)),
+        ("raise RLIMIT_NOFILE", lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))),
+        (
+            "protect itself from the OOM killer",
+            lambda: _write("/proc/self/oom_score_adj", str(OOM_SCORE_ADJ)),
+        ),
+        ("lock its memory", lambda: libc.mlockall(libc.MCL_CURRENT | libc.MCL_FUTURE)),
+    )
+    for what, step in steps:
+        try:
+            step()
+        except (OSError, ValueError) as error:
+            failed.append(f"cannot {what}: {error}")
+    return failed
+
+
+def main(arguments: list[str]) -> int:
+    """Run the pager on the channel whose descriptor is the only argument."""
+    if len(arguments) != 1 or not arguments[0].isdigit():
+        print("usage: python -m ksmd.guard.pager FD", file=sys.stderr)
+        return 2
+    failed = _settle_in()
+    Pager(socket.socket(fileno=int(arguments[0])), failed).run()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,139 @@
+"""The store of one trust domain: the shared pages, in extents that live and end as a whole.
+
+An extent is made for a plan, filled once by copying from the targets, locked, pinned, and never
+written again. The order matters: huge pages first (collapsing later would unmap every user), then
+the copy, then mlock (reclaim would drop page table entries, and a dropped entry reads as zeros
+under the guard), then the long-term pin (any process that maps the extent could have it collapsed
+otherwise, with the same effect). Its memory comes back when nobody uses any page of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ksmd.kernel import libc, memfd, risks
+from ksmd.kernel.iouring import PinRing
+from ksmd.kernel.memfd import ExtentMap
+from ksmd.model.errors import KsmdError
+from ksmd.model.plan import ExtentPlan
+from ksmd.model.units import PAGE_SHIFT, PAGE_SIZE
+
+#: What must stay free besides the extent itself, in bytes.
+MEMORY_RESERVE = 64 << 20
+
+#: copy(slot, page, view): fill *view* with the target's memory from *page* on; bytes read.
+Copy = Callable[[int, int, memoryview], int]
+#: sums(view): the checksum (uint32, under the domain's seed) of every page of *view*.
+Sums = Callable[[memoryview], NDArray[np.uint32]]
+
+
+@dataclass(slots=True)
+class Extent:
+    """One extent. ``phase`` pages of the file lie unused before the first page (congruence).
+
+    ``checksums``: uint32 per page; ``good``: whether the copy held what the plan expected.
+    """
+
+    number: int
+    map: ExtentMap
+    phase: int
+    huge: bool
+    checksums: NDArray[np.uint32]
+    good: NDArray[np.bool_]
+    token: int
+
+    @property
+    def npages(self) -> int:
+        """Pages that hold content."""
+        return self.map.npages - self.phase
+
+    def offset(self, index: int) -> int:
+        """File offset of page *index*, in bytes."""
+        return (self.phase + index) << PAGE_SHIFT
+
+    def index(self, offset: int) -> int:
+        """Page index at a file offset; negative in the unused part."""
+        return (offset >> PAGE_SHIFT) - self.phase
+
+    def view(self, index: int, npages: int) -> memoryview:
+        """Some pages in our own mapping, which is read-only once the extent is made."""
+        return libc.view(self.map.address + self.offset(index), npages << PAGE_SHIFT)
+
+
+@dataclass(slots=True)
+class Store:
+    """All extents of a domain."""
+
+    domain: str
+    sums: Sums
+    ring: PinRing
+    extents: dict[int, Extent] = field(default_factory=dict)
+
+    @property
+    def npages(self) -> int:
+        """Pages of all extents."""
+        return sum(extent.npages for extent in self.extents.values())
+
+    def by_inode(self) -> dict[int, Extent]:
+        """Extents by the inode that maps shows."""
+        return {extent.map.inode: extent for extent in self.extents.values()}
+
+    def create(self, plan: ExtentPlan, copy: Copy) -> Extent:
+        """Make, fill, lock and pin the extent of *plan*. KsmdError leaves nothing behind."""
+        total = plan.npages + plan.phase
+        available = risks.mem_available()
+        if total * PAGE_SIZE + MEMORY_RESERVE > available:
+            raise KsmdError(
+                f"the store cannot grow by {plan.npages} pages: {available >> 20} MiB are available"
+            )
+        made = memfd.create_extent(f"ksmd-{self.domain}"[:200], total, plan.huge)
+        try:
+            if plan.huge:
+                memfd.populate_huge(made, plan.phase)
+            good = self._fill(made, plan, copy)
+            memfd.lock(made, plan.phase)
+            start = made.address + (plan.phase << PAGE_SHIFT)
+            token = self.ring.pin(start, plan.npages << PAGE_SHIFT)
+            libc.mprotect(made.address, made.length, libc.PROT_READ)  # a stray store faults here
+        except BaseException:
+            memfd.release(made)
+            raise
+        extent = Extent(
+            plan.extent, made, plan.phase, plan.huge, plan.checksums.copy(), good, token
+        )
+        self.extents[plan.extent] = extent
+        return extent
+
+    def _fill(self, made: ExtentMap, plan: ExtentPlan, copy: Copy) -> NDArray[np.bool_]:
+        view = libc.view(made.address + (plan.phase << PAGE_SHIFT), plan.npages << PAGE_SHIFT)
+        at = 0
+        for source in plan.sources:
+            length = int(source["npages"]) << PAGE_SHIFT
+            copy(int(source["target"]), int(source["page"]), view[at : at + length])
+            at += length
+        good: NDArray[np.bool_] = self.sums(view) == plan.checksums
+        return good
+
+    def release(self, number: int) -> None:
+        """Give an extent back: no target maps it any more."""
+        extent = self.extents.pop(number)
+        self.ring.unpin(extent.token)
+        memfd.release(extent.map)
+
+    def pages(self) -> tuple[NDArray[np.uint32], NDArray[np.uint64]]:
+        """Give checksums, ascending, and store pages of everything that may be shared further."""
+        sums = [extent.checksums[extent.good] for extent in self.extents.values()]
+        numbers = [
+            (np.uint64(extent.number) << np.uint64(32))
+            | np.flatnonzero(extent.good).astype(np.uint64)
+            for extent in self.extents.values()
+        ]
+        if not sums:
+            return np.empty(0, np.uint32), np.empty(0, np.uint64)
+        checksums, pages = np.concatenate(sums), np.concatenate(numbers)
+        order = np.argsort(checksums, kind="stable")
+        return checksums[order], pages[order]
