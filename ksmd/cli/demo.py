@@ -20,6 +20,7 @@ from types import FrameType
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 from ksmd.cli import estimate as estimate_verb
@@ -64,7 +65,8 @@ def run(args: argparse.Namespace) -> int:
     """Show it all; KsmdError when anything is not as promised."""
     sizes = Sizes.of(args.mib)
     _require(args.workers, sizes)
-    signal.signal(signal.SIGTERM, _as_interrupt)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _as_interrupt)
     with contextlib.ExitStack() as stack:
         directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="ksmd-demo-"))
         Demo(console(), stack, Path(directory), args.workers, sizes).play(keep=args.keep)
@@ -119,8 +121,8 @@ class Demo:
     def _start_workers(self) -> None:
         sizes = self._sizes
         self._title(
-            f"{self._count} worker processes, each with {render.size(sizes.shared)} of the same"
-            f" data, {render.size(sizes.private)} of its own and {render.size(sizes.zero)} of zeros"
+            f"{self._count} workers, each with {render.size(sizes.shared)} of the same data,"
+            f" {render.size(sizes.private)} of its own and {render.size(sizes.zero)} of zeros"
         )
         with self._busy("the workers fill their memory …"):
             for number in range(self._count):
@@ -197,6 +199,7 @@ class Demo:
             f"{render.count(reply['pages'], 'page')} given back: {after.frames:,} distinct physical"
             f" pages, {render.pages_size(after.frames - merged.frames)} more than while merged"
         )
+        self._say("(zeros take no memory until somebody writes to them)")
         if after.frames < least:
             raise KsmdError(f"only {after.frames:,} of {least:,} pages are their worker's own")
         return after
@@ -262,10 +265,10 @@ class Demo:
     def _title(self, text: str) -> None:
         self._step += 1
         self._out.print()
-        self._out.print(Text(f"{self._step}. {text}", style="bold"))
+        self._out.print(_indented(f"{self._step}.", Text(text, style="bold")))
 
     def _say(self, text: str) -> None:
-        self._out.print(Text(f"   {text}"))
+        self._out.print(_indented("", Text(text)))
 
     @contextlib.contextmanager
     def _busy(self, text: str) -> Iterator[None]:
@@ -275,6 +278,15 @@ class Demo:
             return
         with self._out.status(text):
             yield
+
+
+def _indented(number: str, text: Text) -> Table:
+    """Put *text* right of a narrow column, so that a second line is indented as the first."""
+    made = Table(box=None, show_header=False, pad_edge=False, padding=(0, 1, 0, 0))
+    made.add_column(width=2, style="bold")
+    made.add_column(overflow="fold")
+    made.add_row(number, text)
+    return made
 
 
 def _require(workers: int, sizes: Sizes) -> None:

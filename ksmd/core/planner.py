@@ -109,9 +109,9 @@ def describe(plan: Plan, names: Mapping[int, str]) -> list[str]:
         drops = plan.zeros[plan.zeros["target"] == slot]["npages"]
         longest = int(runs.max()) if runs.size else 0
         name = names.get(slot, f"slot {slot}")
-        name = name if len(name) <= 24 else name[:23] + "\N{HORIZONTAL ELLIPSIS}"
+        name = name if len(name) <= 20 else name[:19] + "\N{HORIZONTAL ELLIPSIS}"
         lines.append(
-            f"  {name:<24} {int(runs.sum(dtype=np.int64)):>11,} pages"
+            f"  {name:<20} {int(runs.sum(dtype=np.int64)):>11,} pages"
             f" {runs.size:>9,} runs, longest {longest:>8,},"
             f" {int(drops.sum(dtype=np.int64)):>10,} zero"
         )

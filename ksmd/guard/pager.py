@@ -42,9 +42,10 @@ from ksmd.model.units import PAGE_SIZE
 
 COMM = "ksmd-pager"
 OOM_SCORE_ADJ = -900
+MCL_ONFAULT = 4  # include/uapi/asm-generic/mman.h, Linux 4.4
 
-_SOON = 0.001  # s: the sender of an event has to run on, or a descriptor has to come free
-_UNSENT = 0.02  # s: the owner does not read
+_SOON = 0.001  # s: the sender of an event has to run on
+_LATER = 0.02  # s: the owner does not read, or a descriptor has to come free
 _SWEEP = 2.0  # s: idle sweeps for dead children
 _GONE_KEYS = 500  # per message
 
@@ -103,8 +104,8 @@ class Pager:
             return self._epoll.poll(0)
         if self._watch.busy:
             return self._epoll.poll(_SOON)
-        if self._unsent:
-            return self._epoll.poll(_UNSENT)
+        if self._unsent or self._watch.starving:
+            return self._epoll.poll(_LATER)
         if self._lines and self._watch.live == self._watch.contexts:
             return self._epoll.poll()
         ready = self._epoll.poll(_SWEEP)
@@ -252,6 +253,12 @@ def _write(path: str, text: str) -> None:
         os.close(fd)
 
 
+def _lock_memory() -> None:
+    libc.mlockall(libc.MCL_CURRENT)
+    # locked once touched: the channel's large receive buffers are never touched but for their start
+    libc.mlockall(libc.MCL_FUTURE | MCL_ONFAULT)
+
+
 def _settle_in() -> list[str]:
     """Make this process hard to disturb; what failed, as sentences."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE):
@@ -266,7 +273,7 @@ def _settle_in() -> list[str]:
             "protect itself from the OOM killer",
             lambda: _write("/proc/self/oom_score_adj", str(OOM_SCORE_ADJ)),
         ),
-        ("lock its memory", lambda: libc.mlockall(libc.MCL_CURRENT | libc.MCL_FUTURE)),
+        ("lock its memory", _lock_memory),
     )
     for what, step in steps:
         try:

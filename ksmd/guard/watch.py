@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import select
 import sys
+import time
 from collections.abc import Iterable
 
 from ksmd.guard.context import Answer, Context, Counters, State
@@ -20,6 +21,8 @@ from ksmd.kernel import userfaultfd
 FILL_SLICE = 64
 #: A sweep for dead children is made after as many forks as there are children, but not below this.
 SWEEP_FORKS = 64
+#: Seconds between two tries to read a FORK for which no descriptor was left.
+STARVING = 0.02
 
 Ranges = Iterable[tuple[int, int]]
 
@@ -41,6 +44,8 @@ class Watch:
         self._next_key = 1
         self._forks_since_sweep = 0
         self._fluent = False
+        self._short = False
+        self._starving_until = 0.0
 
     # what the channel's verbs need
 
@@ -60,7 +65,12 @@ class Watch:
     @property
     def busy(self) -> bool:
         """Something is unfinished that no file descriptor will announce."""
-        return bool(self._filling or self._retry or self._starving)
+        return bool(self._filling or self._retry)
+
+    @property
+    def starving(self) -> bool:
+        """A fork waits for a descriptor."""
+        return bool(self._starving)
 
     @property
     def eager(self) -> bool:
@@ -120,11 +130,8 @@ class Watch:
             self._serve(context)
             for page in list(context.waiting):
                 self._fault(context, page)
-        starving, self._starving = self._starving, []
-        for context in starving:
-            if self._holds(context):
-                self._epoll.modify(context.fd, select.EPOLLIN)
-                self._serve(context)
+        if self._starving and time.monotonic() >= self._starving_until:
+            self._feed()
         if self._filling:
             self._fill(self._filling.pop(0))
 
@@ -170,7 +177,9 @@ class Watch:
             return
         try:
             messages = userfaultfd.read_messages(context.fd)
+            self._short = False
         except OSError as error:
+            self._short = True
             self._starve(context, error)
             return
         faults = [m for m in messages if m.event == userfaultfd.EVENT_PAGEFAULT]
@@ -217,19 +226,29 @@ class Watch:
             self._filling.append(context)
 
     def _starve(self, context: Context, error: OSError) -> None:
-        """Reading failed: no descriptor is left for a child. Make room and try again soon.
+        """Reading failed: no descriptor is left for a child. Make room, and try again in a while.
 
         The event stays, so the fork waits; faults are told first and are still answered.
         """
-        self.sweep()
         if not self._starving:
             self.starved += 1
+            self._starving_until = time.monotonic()
             print(
                 f"ksmd-pager: a target's fork waits: {error.strerror}; {self.live} contexts held",
                 file=sys.stderr,
                 flush=True,
             )
-        if self._holds(context) and context not in self._starving:
+        if context not in self._starving:
             self._starving.append(context)
             # it stays readable; without this the loop would spin
             self._epoll.modify(context.fd, 0)
+
+    def _feed(self) -> None:
+        """Let contexts of the dead go, and read again where a fork waits."""
+        self.sweep()
+        for context in list(self._starving):
+            self._serve(context)
+            if self._holds(context) and not self._short:
+                self._starving.remove(context)
+                self._epoll.modify(context.fd, select.EPOLLIN)
+        self._starving_until = time.monotonic() + STARVING

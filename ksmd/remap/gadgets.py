@@ -8,6 +8,7 @@ the same libc costs nothing.
 from __future__ import annotations
 
 from ksmd.kernel.memory import Memory
+from ksmd.kernel.vmaquery import VmaQuery
 from ksmd.model.vma import Vma
 from ksmd.remap.frame import Gadgets
 
@@ -44,3 +45,14 @@ def find(memory: Memory, vmas: list[Vma]) -> Gadgets | None:
         if syscall_ret >= 0 and restorer >= 0:
             return Gadgets(syscall_ret, restorer)
     return None
+
+
+def still_there(memory: Memory, query: VmaQuery, found: Gadgets) -> bool:
+    """Whether both gadgets are where they were, in code that nobody can write."""
+    for address, patterns in ((found.syscall_ret, (_SYSCALL_RET,)), (found.restorer, _RESTORERS)):
+        vma = query.covering(address)
+        if vma is None or vma.perms != "r-xp" or not vma.inode:
+            return False
+        if not memory.read(address, max(map(len, patterns))).startswith(patterns):
+            return False
+    return True

@@ -41,6 +41,7 @@ from ksmd.remap.stop import (
     Stopped,
     Thread,
     choose,
+    forget_calls,
     marker_signal,
     remembered_call,
     stop,
@@ -61,6 +62,23 @@ _TRAP_AND_RESUME_FLAGS: Final = 0x10100  # TF | RF in eflags
 _PM_IN_USE: Final = 3 << 62  # present or swapped
 _STACK_DEPTH_KEPT: Final = 64 << 10
 _RSEQ_CS_OFFSET: Final = 8
+
+
+@dataclass(frozen=True, slots=True)
+class _Places:
+    """What a target's earlier window found."""
+
+    gadgets: Gadgets
+    stack_end: int
+
+
+_remembered: dict[int, _Places] = {}
+
+
+def forget(pid: int) -> None:
+    """Drop what is remembered of a process that is gone."""
+    _remembered.pop(pid, None)
+    forget_calls(pid)
 
 
 class StubLostError(Exception):
@@ -177,16 +195,36 @@ class Session:
                 busy.add(tid)
         return busy
 
-    def _anchor(self, vmas: list[Vma], xstate: int, found: Gadgets) -> Anchor:
+    def _places(self, query: VmaQuery) -> tuple[Gadgets, Vma]:
+        """Give the gadgets and the main stack: remembered from an earlier window, or searched.
+
+        Reading all of maps takes milliseconds where there are many mappings; asking for two does
+        not. What is remembered is checked, since execve changes all of it.
+        """
+        known = _remembered.get(self.pid)
+        if known is not None and gadgets.still_there(self.memory, query, known.gadgets):
+            stack = query.covering(known.stack_end - 1)
+            if stack is not None and stack.end == known.stack_end and not stack.inode:
+                return known.gadgets, stack
+        vmas = procfs.maps(self.pid, self.tid)
+        found = gadgets.find(self.memory, vmas)
+        if found is None:
+            raise RefusedError(Reason.NO_GADGET)
+        stack = next((vma for vma in vmas if vma.path == "[stack]"), None)
+        if stack is None:
+            raise RefusedError(Reason.NO_ANCHOR, "no main stack")
+        _remembered[self.pid] = _Places(found, stack.end)
+        return found, stack
+
+    def _anchor(self, stack: Vma, xstate: int, found: Gadgets) -> Anchor:
         """Find room for the frames at the far end of the main stack.
 
         Memory far below the stack pointer is free by the ABI. Where the main thread runs on another
         stack (coroutines) or has exited, only a page that nobody touched will do, or our own.
         """
-        stack = next((vma for vma in vmas if vma.path == "[stack]"), None)
         length = frame.pages_needed(xstate) * PAGE_SIZE
-        if stack is None or length > stack.end - stack.start:
-            raise RefusedError(Reason.NO_ANCHOR, "no main stack of a useful size")
+        if length > stack.end - stack.start:
+            raise RefusedError(Reason.NO_ANCHOR, "the main stack is too small")
         leader = self.stopped.threads.get(self.pid)
         depth = leader.registers.field("rsp") - stack.start if leader is not None else -1
         if 0 <= depth < length + _STACK_DEPTH_KEPT:
@@ -256,13 +294,11 @@ class Session:
 
         *fail* is (step, errno, record) for tests.
         """
-        vmas = procfs.maps(self.pid, self.tid)
-        found = gadgets.find(self.memory, vmas)
-        if found is None:
-            raise RefusedError(Reason.NO_GADGET)
+        with VmaQuery(self.pid, self.tid) as query:
+            found, stack = self._places(query)
         thread = choose(self.stopped, self._inside_rseq())
         xstate = ptrace.getxstate(thread.tid)
-        anchor = self._anchor(vmas, len(xstate), found)
+        anchor = self._anchor(stack, len(xstate), found)
         self._refuse_stale_stub(anchor)
         borrowed = _Borrowed(self, thread, anchor, found, xstate)
         with borrowed:

@@ -215,7 +215,8 @@ def choose(stopped: Stopped, rseq_busy: set[int]) -> Thread:
 
 def marker_signal(pid: int) -> int:
     """Choose a signal that does nothing when it is not caught, and is not caught here."""
-    caught = int(procfs.status_fields(pid)["SigCgt"], 16)
+    status = procfs.read_process(pid, "status")
+    caught = int(status[status.index(b"SigCgt:") + 7 :].split(None, 1)[0], 16)
     for number in (signal.SIGURG, signal.SIGWINCH, signal.SIGCONT, signal.SIGCHLD):
         if not caught >> (number - 1) & 1:
             return int(number)

@@ -31,8 +31,8 @@ from ksmd.model.refusal import Reason
 from ksmd.model.window import Op
 from ksmd.remap import stub, wire
 from ksmd.remap.alive import AliveWord
-from ksmd.remap.session import Contexts, Outcome, Session, StubLostError, admit
-from ksmd.remap.stop import DeadlineError, RefusedError, forget_calls
+from ksmd.remap.session import Contexts, Outcome, Session, StubLostError, admit, forget
+from ksmd.remap.stop import DeadlineError, RefusedError
 
 #: Exit status: a thread did not stop in time.
 EXIT_UNSTOPPABLE: Final = 10
@@ -81,10 +81,10 @@ class Tracer:
             return self._carry_out(target, header, payload, fds)
         except RefusedError as error:
             if error.reason is Reason.GONE:
-                forget_calls(target.pid)
+                forget(target.pid)
             return {"refused": error.reason, "detail": error.detail}, b"", []
         except TargetGoneError:
-            forget_calls(target.pid)
+            forget(target.pid)
             return {"refused": Reason.GONE, "detail": ""}, b"", []
         except (ProcessLookupError, ChildProcessError):  # killed between two of our calls
             return {"refused": Reason.GONE, "detail": "killed in the stop window"}, b"", []
