@@ -30,8 +30,11 @@ from ksmd.model.process import TargetId
 from ksmd.model.refusal import Reason
 from ksmd.model.window import Op
 from ksmd.remap import stub, wire
+from ksmd.remap.admit import admit
 from ksmd.remap.alive import AliveWord
-from ksmd.remap.session import Contexts, Outcome, Session, StubLostError, admit, forget
+from ksmd.remap.borrowed import Contexts, Outcome, StubLostError
+from ksmd.remap.places import forget
+from ksmd.remap.session import Session
 from ksmd.remap.stop import DeadlineError, RefusedError
 
 #: Exit status: a thread did not stop in time.

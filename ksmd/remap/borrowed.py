@@ -1,0 +1,305 @@
+"""The borrowed thread: infect, run the stub, cure.
+
+Registers change first and the signal mask second; on the way back the mask goes first. The other
+order could leave a thread with every signal blocked. From its start the stub ends by itself: if
+something here goes wrong while it runs, the right thing to do is to let it go on.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import struct
+import time
+from array import array
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import TYPE_CHECKING, Final
+
+from ksmd.kernel import libc, procfs, ptrace
+from ksmd.kernel.ptrace import Registers
+from ksmd.model.refusal import Reason
+from ksmd.model.units import HUGE_PAGE_SIZE
+from ksmd.model.window import Op
+from ksmd.remap import frame, stub
+from ksmd.remap.frame import Anchor, Gadgets
+from ksmd.remap.places import SCRATCH, SCRATCH_STEP, SCRATCH_TRIES
+from ksmd.remap.stop import DeadlineError, RefusedError, Thread, marker_signal, remembered_call
+
+if TYPE_CHECKING:
+    from ksmd.remap.session import Session
+
+_STUB_STACK: Final = 16384
+_MAP_SCRATCH: Final = 0x100022  # MAP_FIXED_NOREPLACE | MAP_ANONYMOUS | MAP_PRIVATE
+_RWX: Final = 7
+_MMAP: Final = 9
+_MUNMAP: Final = 11
+_WALL: Final = 0x40000000
+_ALL: Final = (1 << 64) - 1
+_TRAP_AND_RESUME_FLAGS: Final = 0x10100  # TF | RF in eflags
+
+
+class StubLostError(Exception):
+    """The stub crashed in the target. Nothing is known of its memory any more."""
+
+
+@dataclass(slots=True)
+class Contexts:
+    """File descriptors that a window hands to the stub; -1 where there is none."""
+
+    alive: int
+    track: int = -1
+    guard: int = -1
+    store: int = -1
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What the stub said: (result, stage) per record, its own error, and times in microseconds."""
+
+    results: list[tuple[int, int]] = field(default_factory=list)
+    error: int = 0
+    kept: int = 0
+    threads: int = 0
+    times: dict[str, float] = field(default_factory=dict)
+
+
+class Borrowed:
+    """The thread that runs the stub: infect on entry, cure on exit."""
+
+    def __init__(
+        self, session: Session, thread: Thread, anchor: Anchor, found: Gadgets, xstate: bytes
+    ) -> None:
+        self._session = session
+        self._thread = thread
+        self._anchor = anchor
+        self._gadgets = found
+        self._xstate = xstate
+        self._mask = ptrace.getsigmask(thread.tid)
+        self._marker = marker_signal(session.pid)
+        self._changed = False
+        self._running = False
+        self._scratch = (0, 0)
+        self._pagemap = -1
+
+    def __enter__(self) -> Borrowed:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Cure: the mask first, then the registers."""
+        if self._pagemap >= 0:
+            os.close(self._pagemap)
+        if not self._changed or self._thread.tid not in self._session.stopped.threads:
+            return
+        if self._running and not isinstance(error, StubLostError):
+            # the stub finds its way home; what we set now would cut it short, so the tracer leaves
+            raise DeadlineError from error
+        if self._scratch[1] and not isinstance(error, StubLostError):
+            self._call(_MUNMAP, *self._scratch)
+        ptrace.setsigmask(self._thread.tid, self._mask)
+        ptrace.setregs(self._thread.tid, self._thread.registers)
+        if self._anchor.saved is not None:
+            self._session.memory.write(self._anchor.address, self._anchor.saved)
+
+    def _wait(self) -> tuple[int, int]:
+        """Wait for the thread: (event, signal) of its stop."""
+        _, status = os.waitpid(self._thread.tid, _WALL)
+        if not os.WIFSTOPPED(status):
+            self._session.stopped.threads.pop(self._thread.tid, None)
+            raise RefusedError(Reason.GONE)
+        return status >> 16, os.WSTOPSIG(status)
+
+    def _syscall_stop(self) -> None:
+        """Resume to the next system call entry or exit."""
+        while True:
+            ptrace.to_syscall(self._thread.tid)
+            event, number = self._wait()
+            if event == 0 and number == ptrace.SYSCALL_STOP:
+                return
+            self._keep_signal(event, number)
+
+    def _keep_signal(self, event: int, number: int) -> None:
+        """Note a signal that came in between. A fault means that the stub has crashed."""
+        if event == ptrace.EVENT_STOP:
+            return  # a group stop traps once more; resuming is all it needs
+        if number in (signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGSYS, signal.SIGFPE):
+            raise StubLostError(signal.Signals(number).name)
+        if number == signal.SIGSTOP:
+            self._session.resend.add(number)
+
+    def _set(self, **values: int) -> None:
+        registers: Registers = self._thread.registers.copy()
+        registers.set(orig_rax=-1, **values)
+        registers.set(eflags=registers.field("eflags") & ~_TRAP_AND_RESUME_FLAGS)
+        ptrace.setregs(self._thread.tid, registers)
+        self._changed = True
+
+    def _call(self, number: int, *args: int) -> int:
+        """One system call through the gadget; it returns into the way home if we die."""
+        names = ("rdi", "rsi", "rdx", "r10", "r8", "r9")
+        self._set(
+            rax=number,
+            rip=self._gadgets.syscall_ret,
+            rsp=self._anchor.address + frame.F1_OFFSET,
+            **dict(zip(names, args, strict=False)),
+        )
+        ptrace.setsigmask(self._thread.tid, _ALL & ~(1 << (self._marker - 1)))
+        self._syscall_stop()
+        self._syscall_stop()
+        return ptrace.getregs(self._thread.tid).signed("rax")
+
+    def _map_scratch(self, length: int) -> int:
+        """Lay down the way home, then map memory for the stub: its address."""
+        again = frame.interrupted_call(
+            self._thread.registers, remembered_call(self._session.pid, self._thread.tid)
+        )
+        got = 0
+        for attempt in range(SCRATCH_TRIES):
+            address = SCRATCH + attempt * SCRATCH_STEP
+            home = frame.build(
+                again, self._xstate, self._mask, self._anchor.address, self._gadgets,
+                (address, length),
+            )  # fmt: skip
+            self._session.memory.write(self._anchor.address, home)
+            got = self._call(_MMAP, address, length, _RWX, _MAP_SCRATCH, -1, 0)
+            if got == address:
+                self._scratch = (address, length)
+                return address
+        raise RefusedError(Reason.WINDOW_FAILED, f"mmap of scratch memory: {os.strerror(-got)}")
+
+    def run(
+        self,
+        records: list[stub.StubRecord],
+        contexts: Contexts,
+        mode: int,
+        device: int,
+        fail: tuple[int, int, int],
+    ) -> tuple[Outcome, list[int]]:
+        """Map scratch memory, start the stub, hand it its descriptors and read its results."""
+        memory = self._session.memory
+        code = stub.code()
+        header_at = libc.page_ceil(len(code)) + _STUB_STACK
+        records_at = header_at + libc.page_ceil(stub.HEADER_SIZE)
+        length = libc.page_ceil(records_at + len(records) * stub.RECORD.size)
+        base = self._map_scratch(length)
+        header_at, records_at = base + header_at, base + records_at
+        fds = [device] if mode == stub.MODE_SETUP else self._descriptors(records, contexts)
+        header = stub.pack_header(
+            header_at,
+            mode=mode,
+            records=records_at,
+            nrecords=len(records),
+            marker=self._marker,
+            gadget=self._gadgets.syscall_ret,
+            frame=self._anchor.address,
+            scratch=base,
+            scratch_len=length,
+            nfds=len(fds),
+            fail_step=fail[0],
+            fail_errno=fail[1],
+            fail_record=fail[2],
+            **_layout(records),
+        )
+        memory.write(base, code)
+        memory.write(header_at, header)
+        memory.write(records_at, b"".join(record.pack() for record in records))
+        started = time.perf_counter()
+        self._running = True
+        self._set(rip=base, rsp=header_at - 64, rdi=header_at, rax=0)
+        self._until(header_at, 1)
+        self._hand_over(header_at, fds)
+        taken = self._take(header_at) if mode == stub.MODE_SETUP else []
+        self._until(header_at, 3)
+        outcome = self._results(header_at, records_at, len(records))
+        outcome.times["stub"] = (time.perf_counter() - started) * 1e6
+        self._syscall_stop()  # the stub's own munmap(scratch)
+        self._syscall_stop()
+        self._running, self._scratch = False, (0, 0)
+        return outcome, taken
+
+    def _until(self, header_at: int, phase: int) -> None:
+        """Run the stub to its next marker."""
+        tid, at = self._thread.tid, header_at + stub.field_offset("phase")
+        while True:
+            ptrace.cont(tid)
+            event, number = self._wait()
+            if event == 0 and number == self._marker:
+                if struct.unpack("=q", self._session.memory.read(at, 8))[0] == phase:
+                    return
+                continue  # the same signal from elsewhere: ignored by default, so dropped
+            self._keep_signal(event, number)
+
+    def _field(self, header_at: int, name: str) -> int:
+        data = self._session.memory.read(header_at + stub.field_offset(name), 8)
+        return int(struct.unpack("=q", data)[0])
+
+    def _getfd(self, number: int) -> int:
+        return libc.pidfd_getfd(self._session.pidfd, number)
+
+    def _hand_over(self, header_at: int, fds: list[int]) -> None:
+        """Queue *fds* on the stub's own socket: no path, no namespace, no name is needed."""
+        number = self._field(header_at, "socket")
+        if number < 0:
+            return  # the stub reports it
+        with socket.socket(fileno=self._getfd(number)) as end:
+            end.setblocking(False)
+            end.bind("")
+            end.connect(end.getsockname())
+            end.sendmsg([b"x"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", fds))])
+
+    def _descriptors(self, records: list[stub.StubRecord], contexts: Contexts) -> list[int]:
+        fds = [contexts.alive]
+        if contexts.track >= 0:
+            fds += [contexts.track, contexts.guard]
+        if records[0].op in (Op.UNMERGE, Op.REMERGE):
+            path = procfs.task_path(self._session.pid, "pagemap", self._session.tid)
+            self._pagemap = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            fds.append(self._pagemap)
+        if contexts.store >= 0:
+            fds.append(contexts.store)
+        return fds
+
+    def _take(self, header_at: int) -> list[int]:
+        """Take the two contexts that the stub made: guard, track."""
+        self._until(header_at, 2)
+        if self._field(header_at, "error"):
+            return []
+        return [self._getfd(self._field(header_at, name)) for name in ("guard", "track")]
+
+    def _results(self, header_at: int, records_at: int, count: int) -> Outcome:
+        memory = self._session.memory
+        fields = stub.unpack_header(memory.read(header_at, stub.HEADER_SIZE))
+        results = stub.unpack_results(memory.read(records_at, count * stub.RECORD.size))
+        return Outcome(
+            results, fields["error"], fields["keep"], threads=len(self._session.stopped.threads)
+        )
+
+
+def _layout(records: list[stub.StubRecord]) -> dict[str, int]:
+    """Give every record its place in quarantine, and the header the spans that follow from it."""
+    if not records:
+        return {}
+    at = 0
+    for record in records:
+        if record.length >= HUGE_PAGE_SIZE:  # congruent, so that huge pages move whole
+            at += (record.start - at) % HUGE_PAGE_SIZE
+        record.aside = at
+        at += record.length
+    start = min(record.start for record in records)
+    stored = [record for record in records if record.op in (Op.MERGE, Op.REMERGE)]
+    offset = min((record.offset for record in stored), default=0)
+    end = max((record.offset + record.length for record in stored), default=0)
+    return {
+        "aside_len": at,
+        "fresh_len": at if records[0].op is Op.UNMERGE else 0,
+        "store_offset": offset,
+        "store_len": end - offset,
+        "wake_start": start,
+        "wake_len": max(record.start + record.length for record in records) - start,
+    }
