@@ -18,6 +18,7 @@ from ksmd.cli.common import console, print_json
 from ksmd.client import Client
 from ksmd.kernel import procfs
 from ksmd.model.errors import KsmdError
+from ksmd.model.units import PAGE_SIZE
 
 HELP = "what is saved, the state of the daemon, and what is left alone"
 TIMEOUT = 30.0
@@ -92,15 +93,20 @@ def _facts(status: Mapping[str, Any], available: int | None) -> list[tuple[str, 
     headroom = f"{render.size(status['headroom_bytes'])} would be needed to give everything back"
     if available is not None:
         headroom += f"; the host has {render.size(available)} available"
+    # as in KSM: pages_sharing are those that share beyond the first, so they are the saving
+    sites = status["pages_shared"] + status["pages_sharing"]
+    gross = (status["pages_sharing"] + status["zero_pages"]) * PAGE_SIZE
     return [
         ("State", state(status)),
         (
             "Merged",
-            f"{count(status['pages_sharing'], 'page')} ({size(status['pages_sharing'])})"
-            f" share {count(status['pages_shared'])} in the store"
-            f" ({size(status['pages_shared'])})",
+            f"{count(sites, 'page')} ({size(sites)}) share {count(status['pages_shared'])} in the"
+            f" store: {size(status['pages_sharing'])} saved",
         ),
-        ("Zero pages", f"{count(status['zero_pages'])} ({size(status['zero_pages'])}) given back"),
+        (
+            "Zero pages",
+            f"{count(status['zero_pages'])} dropped: {size(status['zero_pages'])} saved",
+        ),
         (
             "Written since",
             f"{count(status['cow_breaks'], 'page')}; a write gives the writer its own copy",
@@ -115,7 +121,11 @@ def _facts(status: Mapping[str, Any], available: int | None) -> list[tuple[str, 
             f"{count(status['pages_scanned'], 'page')},"
             f" {count(status['pages_skipped'])} skipped without reading",
         ),
-        ("Own cost", f"{render.size(status['metadata_bytes'])} of tables and other memory"),
+        (
+            "Own cost",
+            f"{render.size(gross - status['general_profit'])} in all,"
+            f" {render.size(status['metadata_bytes'])} of it tables and VMAs",
+        ),
         ("Headroom", headroom),
     ]
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 from ksmd.cli import render
@@ -15,6 +16,9 @@ from ksmd.cli.status import TIMEOUT
 from ksmd.client import Client
 
 HELP = "why memory of a process is merged or not"
+
+#: More ranges than this are not listed for people.
+_LISTED = 60
 
 _STATES = {
     "merged": "merged: it shares a page of the store until somebody writes to it",
@@ -66,25 +70,46 @@ def show(out: Console, reply: Mapping[str, Any], address: int | None) -> None:
     state = reply.get("state")
     if state and address is not None:
         out.print(Text(f"The page at {address:#x} is {_STATES.get(state, render.safe(state))}."))
-    if reply["areas"]:
-        out.print()
-        out.print(_areas(reply["areas"]))
-        meanings = {area["reason"]: area["sentence"] for area in reply["areas"] if area["reason"]}
-        if meanings:
+    open_ = [area for area in reply["areas"] if not area["reason"] or address is not None]
+    refused = [area for area in reply["areas"] if area["reason"]]
+    for part in (_ranges(open_), _refused(refused)):
+        if part is not None:
             out.print()
-            out.print(render.facts((render.safe(name), text) for name, text in meanings.items()))
+            out.print(part)
 
 
-def _areas(areas: list[Mapping[str, Any]]) -> Any:
-    made = render.table("=range", ">size", ">merged", ">zero", "mapping", "not merged because")
-    for area in areas:
-        detail = f": {area['detail']}" if area["detail"] else ""
+def _ranges(areas: Sequence[Mapping[str, Any]]) -> Table | None:
+    """List ranges one by one: what is merged, given back or scanned, or what was asked about."""
+    made = render.table("=range", ">size", ">merged", ">zero", "mapping", "")
+    for area in areas[:_LISTED]:
         made.add_row(
             f"{area['start']:x}-{area['end']:x}",
             render.size(area["end"] - area["start"]),
             render.pages_size(area["merging"]) if area["merging"] else "",
             render.pages_size(area["zero"]) if area["zero"] else "",
             Text(render.safe(f"{area['perms']} {area['path']}", 60)),
-            Text(render.safe(area["reason"] + detail)),
+            Text(render.safe(": ".join(filter(None, (area["reason"], area["detail"]))))),
         )
-    return made
+    if len(areas) > _LISTED:
+        made.caption = Text(f"and {len(areas) - _LISTED:,} more ranges (all are in --json)")
+        made.caption_justify = "left"
+    return made if areas else None
+
+
+def _refused(areas: Sequence[Mapping[str, Any]]) -> Table | None:
+    """Sum up the ranges that are left alone, by reason, the largest first."""
+    sums: dict[str, list[int]] = {}
+    sentences = {area["reason"]: area["sentence"] for area in areas}
+    for area in areas:
+        one = sums.setdefault(area["reason"], [0, 0])
+        one[0] += 1
+        one[1] += area["end"] - area["start"]
+    made = render.table(">ranges", ">size", "=reason", "what it means", title="Left alone")
+    for reason, (number, nbytes) in sorted(sums.items(), key=lambda item: -item[1][1]):
+        made.add_row(
+            render.count(number),
+            render.size(nbytes),
+            Text(render.safe(reason, 40)),
+            Text(render.safe(sentences[reason])),
+        )
+    return made if sums else None

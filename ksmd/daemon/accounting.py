@@ -37,9 +37,8 @@ class Accounting:
         """Look at every target; yields after each."""
         for target in self._targets:
             try:
-                self._targets.read_areas(target)
-                if target.slot in self._targets.by_slot:
-                    self._recount(target)
+                self._targets.read_mappings(target)
+                self._recount(target)
             except TargetGoneError:
                 self._targets.drop(target)
             yield

@@ -54,6 +54,7 @@ class _Candidate:
     name: str
     domain: str
     regions: Regions
+    twins: bool = True  # may another process have the same memory (CLONE_VM)?
     found: TargetPages | None = None
     room: int = 0
     pages: int = 0
@@ -115,9 +116,29 @@ def _choose(what: What) -> tuple[list[_Candidate], list[Refusal]]:
         return made, refusals
     if what is None:
         infos = [info for info in _infos(procfs.pids()) if not _passed_over(info)]
+        twins = _same_size(infos)
     else:
         infos = [procfs.process_info(pid) for pid in dict.fromkeys(what)]
-    return [_Candidate(info, info.comm, f"uid:{info.uid}", "anon") for info in infos], []
+        twins = {info.id for info in infos}
+    return [
+        _Candidate(info, info.comm, f"uid:{info.uid}", "anon", info.id in twins) for info in infos
+    ], []
+
+
+def _same_size(infos: Sequence[ProcessInfo]) -> set[TargetId]:
+    """Give those of all processes that may share their memory: their size is that of another.
+
+    To compare every process with every other would take minutes where there are thousands. One that
+    grows at this moment is missed; its frames are still counted once.
+    """
+    sizes: dict[int, list[TargetId]] = {}
+    for info in infos:
+        try:
+            size = procfs.task_stat(info.id.pid, info.id.pid).vsize
+        except KsmdError:
+            continue
+        sizes.setdefault(size, []).append(info.id)
+    return {one for group in sizes.values() if len(group) > 1 for one in group}
 
 
 def _passed_over(info: ProcessInfo) -> bool:
@@ -143,7 +164,7 @@ def _age(target: TargetId) -> float:
 def _look(candidate: _Candidate, checksummer: Checksummer, vma_percent: int) -> None:
     """Read the candidate's pages; raise TargetGoneError or PrivilegeError."""
     pid = candidate.process.id.pid
-    candidate.refused = _refusal(candidate.process)
+    candidate.refused = _refusal(candidate.process, candidate.twins)
     if candidate.refused is not None:
         return
     with Memory(pid) as memory, PageMap(pid) as pagemap:
@@ -165,7 +186,7 @@ def _look(candidate: _Candidate, checksummer: Checksummer, vma_percent: int) -> 
     candidate.refused_pages[Reason.FORK_SHARED] += candidate.fork_shared
 
 
-def _refusal(process: ProcessInfo) -> Refusal | None:
+def _refusal(process: ProcessInfo, twins: bool) -> Refusal | None:
     """Say why the daemon would leave the process alone, as far as looking can tell."""
     pid = process.id.pid
     if process.kernel_thread:
@@ -176,7 +197,7 @@ def _refusal(process: ProcessInfo) -> Refusal | None:
         return Refusal(Reason.OURSELVES)
     if not risks.is_x86_64_elf(pid):
         return Refusal(Reason.ARCHITECTURE)
-    if (other := risks.shares_memory(pid)) is not None:
+    if twins and (other := risks.shares_memory(pid)) is not None:
         return Refusal(Reason.SHARED_MM, detail=f"process {other}")
     if signs := risks.pin_risks(pid):
         return Refusal(Reason.PINNED_PROCESS, detail="; ".join(signs))

@@ -30,6 +30,8 @@ from ksmd.remap.store import Extent
 from ksmd.settings import Settings
 from ksmd.settings.models import TableSizes
 
+#: What maps shows of the store, before the domain's name.
+_STORE_PATH = "/memfd:ksmd-"
 _TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 
 
@@ -149,12 +151,23 @@ class Targets:
             found.update(domain.store.by_inode())
         return found
 
+    def read_mappings(self, target: Target) -> None:
+        """Read what of the target is merged now; what may be scanned stays as it was read last."""
+        extents = self.extents_by_inode()
+        vmas = procfs.maps(target.pid, target.memory.tid)
+        target.vmas = len(vmas)
+        target.mappings = [
+            Mapping(vma, extents[vma.inode])
+            for vma in vmas
+            if vma.inode in extents and vma.path.startswith(_STORE_PATH)
+        ]
+
     def read_areas(self, target: Target) -> None:
         """Read the target's maps: what may be scanned, what not, and what is merged."""
         extents = self.extents_by_inode()
 
         def ours(vma: Vma) -> bool:
-            return vma.inode in extents and vma.path.startswith("/memfd:ksmd-")
+            return vma.inode in extents and vma.path.startswith(_STORE_PATH)
 
         try:
             vmas = procfs.smaps(target.pid)

@@ -87,7 +87,7 @@ class Unmerger:
                 try:
                     yield from self._once(target, result)
                     if target.slot in self._targets.by_slot:
-                        self._targets.read_areas(target)
+                        self._targets.read_mappings(target)
                 except TargetGoneError:
                     self._targets.drop(target)
             if target.slot in self._targets.by_slot:

@@ -210,6 +210,8 @@ class Watch:
             self.sweep()
 
     def _fault(self, context: Context, address: int) -> None:
+        if not self._holds(context):  # the fault before this one found it dead
+            return
         answer = context.fault(userfaultfd, address)
         if answer is Answer.AGAIN:
             if context not in self._retry:

@@ -19,7 +19,7 @@ import functools
 import os
 import pwd
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from ksmd.model.errors import KsmdError, PrivilegeError, TargetGoneError
@@ -161,7 +161,8 @@ _MAPS_LINE = re.compile(
     rb" ([0-9a-f]{1,8}):([0-9a-f]{1,8}) ([0-9]{1,20})(?: +(.*))?",
     re.DOTALL,
 )
-_SMAPS_FIELD = re.compile(rb"([A-Za-z0-9_]{1,64}):(.*)", re.DOTALL)
+_SMAPS_FIELD = re.compile(rb"[A-Za-z0-9_]{1,64}:")
+_HEX_DIGITS = b"0123456789abcdef"
 
 
 def _bytes(text: str | bytes) -> bytes:
@@ -204,19 +205,26 @@ def parse_smaps(text: str | bytes) -> list[Vma]:
     """
     vmas: list[Vma] = []
     for number, line in enumerate(_bytes(text).split(b"\n"), 1):
-        if not line:
-            continue
-        # a mapping's path may hold ": ", so mappings are tried first
-        if _MAPS_LINE.fullmatch(line):
-            vmas.append(_vma(line, number))
-            continue
-        field = _SMAPS_FIELD.fullmatch(line)
-        if field is None or not vmas:
+        # mappings begin with a lower-case digit, fields with a capital: a path may hold ": "
+        if line[:1] in _HEX_DIGITS:
+            if line:
+                vmas.append(_vma(line, number))
+        elif not vmas or not _SMAPS_FIELD.match(line):
             raise ValueError(f"smaps: line {number} is not a mapping and not a field of one")
-        if field[1] == b"VmFlags":
-            flags = frozenset(os.fsdecode(flag) for flag in field[2].split())
-            vmas[-1] = replace(vmas[-1], flags=flags)
+        elif line.startswith(b"VmFlags:"):
+            vmas[-1] = _with_flags(vmas[-1], line[8:])
     return vmas
+
+
+def _with_flags(vma: Vma, flags: bytes) -> Vma:
+    return Vma(
+        vma.start, vma.end, vma.perms, vma.offset, vma.device, vma.inode, vma.path, _flags(flags)
+    )
+
+
+@functools.lru_cache(maxsize=256)  # a host knows a few dozen sets of flags
+def _flags(words: bytes) -> frozenset[str]:
+    return frozenset(os.fsdecode(word) for word in words.split())
 
 
 # ---------------------------------------------------------------- processes and tasks

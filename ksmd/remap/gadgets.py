@@ -16,6 +16,8 @@ _SYSCALL_RET = b"\x0f\x05\xc3"
 #: mov $15,%rax; syscall (glibc, Go) and mov $15,%eax; syscall (musl): rt_sigreturn
 _RESTORERS = (b"\x48\xc7\xc0\x0f\x00\x00\x00\x0f\x05", b"\xb8\x0f\x00\x00\x00\x0f\x05")
 _LARGEST = 64 << 20
+_PIECE = 64 << 10
+_OVERLAP = 16
 
 _Key = tuple[tuple[int, int], int, int, int]
 _cache: dict[_Key, tuple[int, int]] = {}
@@ -25,10 +27,23 @@ def _offsets(memory: Memory, vma: Vma) -> tuple[int, int]:
     """Offsets in *vma* of both gadgets, -1 where one is missing."""
     key = (vma.device, vma.inode, vma.offset, vma.end - vma.start)
     if key not in _cache:
-        text = memory.read(vma.start, min(vma.end - vma.start, _LARGEST))
-        found = [at for pattern in _RESTORERS if (at := text.find(pattern)) >= 0]
-        _cache[key] = (text.find(_SYSCALL_RET), found[0] if found else -1)
+        _cache[key] = _search(memory, vma.start, min(vma.end - vma.start, _LARGEST))
     return _cache[key]
+
+
+def _search(memory: Memory, start: int, length: int) -> tuple[int, int]:
+    """Search in pieces that overlap by more than a pattern: this process stays small."""
+    syscall_ret = restorer = -1
+    for at in range(0, length, _PIECE):
+        text = memory.read(start + at, min(_PIECE + _OVERLAP, length - at))
+        if syscall_ret < 0 <= (found := text.find(_SYSCALL_RET)):
+            syscall_ret = at + found
+        for pattern in _RESTORERS:
+            if restorer < 0 <= (found := text.find(pattern)):
+                restorer = at + found
+        if syscall_ret >= 0 and restorer >= 0:
+            break
+    return syscall_ret, restorer
 
 
 def find(memory: Memory, vmas: list[Vma]) -> Gadgets | None:

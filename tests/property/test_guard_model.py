@@ -181,8 +181,10 @@ class GuardAgainstAKernel(RuleBasedStateMachine):
     def dontneed(self, who: int, first: int, length: int) -> None:
         mm, context = self._member(who)
         self._pager_reads(mm, context)
-        if mm.vma(first, length) is not None:
-            mm.event = first, first + length
+        first %= max(1, self.merged)
+        for start, end, _ in mm.vmas:
+            if start <= first < end:
+                mm.event = first, min(end, first + length)
 
     def _pager_reads(self, mm: Mm, context: Context) -> None:
         """The event is read; its sender runs on and zaps."""
@@ -205,6 +207,7 @@ class GuardAgainstAKernel(RuleBasedStateMachine):
     def guard_install(self, page: int) -> None:
         """In memory that is settled, or copied: what raises no event must not come back either."""
         mm, context = self.family[0]
+        page %= max(1, self.merged)
         if mm.vma(page, 1) is None or page * P in context.owed:
             return
         mm.pte[page] = GUARD
@@ -213,6 +216,7 @@ class GuardAgainstAKernel(RuleBasedStateMachine):
     @rule(page=page)
     def guard_remove(self, page: int) -> None:
         mm = self.family[0][0]
+        page %= max(1, self.merged)
         if mm.pte.get(page) == GUARD:
             mm.pte[page] = ABSENT
             mm.truth[page] = ZERO
@@ -230,6 +234,7 @@ class GuardAgainstAKernel(RuleBasedStateMachine):
     def touch(self, who: int, page: int) -> None:
         """A thread reads a page: it faults until the page is there, and sees the truth."""
         mm, context = self._member(who)
+        page %= max(1, self.merged)
         if mm.vma(page, 1) is None:
             return
         if mm.pte[page] == ABSENT:

@@ -19,8 +19,10 @@ from ksmd.daemon.protocol import (
 
 NEARLY_JSON = st.lists(
     st.sampled_from(
-        rb'{ } [ ] " \ : , 1 e9 - null true "method" "parameters" "a.B" \ud800'.split()
-        + [b"\0", b" ", b"\xff", b"\xed\xa0\x80"]
+        [
+            *rb'{ } [ ] " \ : , 1 e9 - null true "method" "parameters" "a.B" \ud800'.split(),
+            *(b"\0", b" ", b"\xff", b"\xed\xa0\x80"),
+        ]
     ),
     max_size=60,
 ).map(b"".join)

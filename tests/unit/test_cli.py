@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import io
 import json
 import os
@@ -15,9 +16,10 @@ import pytest
 from rich.console import Console
 
 from ksmd import __version__
-from ksmd.cli import check_config, estimate, features, ksmctl, render, status, unmerge, why
+from ksmd.cli import check_config, features, ksmctl, render, status, unmerge, why
 from ksmd.cli import ksmd as ksmd_command
 from ksmd.cli.common import WIDTH, console, guarded
+from ksmd.cli.demo_workers import Sizes, expected_sums, shared_byte
 from ksmd.daemon import interface
 from ksmd.daemon.control import ControlServer
 from ksmd.daemon.protocol import DEFAULT_SOCKET
@@ -251,7 +253,8 @@ WHY = {
     "areas": [
         {
             "start": 0x7F0000000000 + index * 4096, "end": 0x7FFFFFFFF000, "perms": "rw-p",
-            "path": "/" + NASTY, "merging": 10**9, "zero": 10**9, "reason": reason.value,
+            "path": "/" + NASTY, "merging": 10**9, "zero": 10**9,
+            "reason": reason.value if index else "",
             "sentence": SENTENCES[reason], "detail": "detail " * 20,
         }
         for index, reason in enumerate(Reason)
@@ -265,6 +268,30 @@ def test_why_fits_and_answers_for_the_page():
     assert fits(text)
     assert "The page at 0x7f0000000000 is volatile" in text
     assert "7f0000000000-7ffffffff000" in text.split()
+
+
+def test_why_sums_up_what_is_left_alone_and_lists_the_rest():
+    text = shown(why.show, WHY, None)
+    assert fits(text)
+    assert text.count("7ffffffff000") == 1
+    assert "Left alone" in text
+    many = {**WHY, "areas": [WHY["areas"][0]] * 5000}
+    text = shown(why.show, many, None)
+    assert "and 4,940 more ranges" in text
+    assert len(text.splitlines()) < 700
+
+
+def test_the_costs_shown_are_what_is_missing_between_savings_and_profit():
+    words = shown(
+        status.show,
+        golden(
+            pages_shared=100, pages_sharing=300, zero_pages=12, general_profit=52 * 4096,
+            metadata_bytes=4096,
+        ),
+        None,
+    )  # fmt: skip
+    assert "400 pages (1.56 MiB) share 100 in the store: 1.17 MiB saved" in words
+    assert "1.02 MiB in all, 4.00 KiB of it tables and VMAs" in words
 
 
 def test_why_says_what_is_wrong_with_a_process_as_a_whole():
@@ -472,5 +499,40 @@ def test_colours_are_for_terminals_only():
     assert "\x1b" not in shown(status.show, golden(), None)
 
 
-def test_every_figure_of_an_estimate_fits():
-    assert estimate.HELP
+# -- demo ------------------------------------------------------------------------------------------
+
+
+def test_the_demo_refuses_without_root_before_it_starts_anything(monkeypatch, capsys):
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setattr(subprocess, "Popen", None)
+    assert ksmd_command.main(["demo"]) == 3
+    assert capsys.readouterr().err.splitlines()[1].strip() == "run it as root"
+
+
+def test_the_demo_refuses_a_kernel_that_lacks_something_needed(monkeypatch, capsys):
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(subprocess, "Popen", None)
+    lacking = [Feature("guard self-test", False, True, "", "")]
+    monkeypatch.setattr(features, "probe", lambda: lacking)
+    assert ksmd_command.main(["demo"]) == 4
+    assert "guard self-test" in capsys.readouterr().err
+
+
+def test_the_demo_refuses_when_memory_would_not_suffice(monkeypatch, capsys):
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(subprocess, "Popen", None)
+    monkeypatch.setattr(features, "probe", lambda: FEATURES)
+    assert ksmd_command.main(["demo", "--workers", "64", "--mib", "65536"]) == 1
+    assert "--mib" in capsys.readouterr().err
+
+
+def test_the_sums_that_a_demo_expects_are_those_of_the_seeded_content():
+    sizes = Sizes(3 << 20, 4096, 8192)
+    first, second = expected_sums(0, sizes), expected_sums(1, sizes)
+    assert first[0] == second[0]
+    assert first[1] != second[1]
+    assert first[2] == second[2] == hashlib.sha256(bytes(8192)).hexdigest()
+    byte = shared_byte(sizes, (2 << 20) + 5)
+    assert expected_sums(0, sizes, {(2 << 20) + 5: byte}) == first
+    changed = expected_sums(0, sizes, {(2 << 20) + 5: byte ^ 1})
+    assert (changed[0] != first[0], changed[1:]) == (True, first[1:])
