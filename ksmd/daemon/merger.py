@@ -38,14 +38,20 @@ from ksmd.settings import Settings
 log = logging.getLogger(__name__)
 
 
+#: Refusals that have to do with the moment of the stop, and how often an asked window tries again.
+_MOMENTARY = frozenset({Reason.UNSTOPPABLE, Reason.NO_THREAD, Reason.STALE_STUB})
+_RETRIES = 3
+
+
 @dataclass(slots=True)
 class MergeResult:
-    """What one merge pass did, in pages."""
+    """What one merge pass did, in pages; ``postponed``: windows that a later pass should retry."""
 
     merged: int = 0
     zeroed: int = 0
     remerged: int = 0
     windows: int = 0
+    postponed: int = 0
     refused: Counter[Reason] = field(default_factory=Counter)
 
     @property
@@ -125,7 +131,7 @@ class Merger:
                     break
                 if extent and extent not in domain.store.extents:
                     continue
-                self._window(domain, target, extent, records, result)
+                self._window(domain, target, extent, records, asked, result)
                 yield result
 
     def _fill(self, domain: Domain, plan: Plan, result: MergeResult) -> Iterator[MergeResult]:
@@ -154,6 +160,7 @@ class Merger:
         target: Target,
         extent_number: int,
         records: list[Record],
+        asked: bool,
         result: MergeResult,
     ) -> None:
         """Confirm a batch of records by digest, then open one stop window for what is left."""
@@ -169,7 +176,12 @@ class Merger:
         if not records:
             return
         done = self.open(target, records, extent)
+        for _ in range(_RETRIES if asked else 0):
+            if done.refused not in _MOMENTARY:
+                break
+            done = self.open(target, records, extent)
         result.windows += 1
+        result.postponed += done.refused in _MOMENTARY
         self._account(domain, target, done, result)
 
     def _ready(self, target: Target) -> bool:

@@ -21,6 +21,7 @@ from ksmd.settings import Settings
 
 #: Passes after which `scan --until-settled` gives up on memory that keeps changing.
 MAX_PASSES = 50
+_IDLE_PASSES = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +34,7 @@ class PassResult:
     @property
     def settled(self) -> bool:
         """Nothing merged and no page was new: another pass would do no more."""
-        return not self.merge.changed and not self.scan.new
+        return not (self.merge.changed or self.merge.postponed or self.scan.new)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +102,7 @@ class Pipeline:
 
     def asked_scan(self, until_settled: bool) -> Iterator[float | AskedResult]:
         """Scan now (KSM_SCAN): twice, so that pages can be seen unchanged; or until it settles."""
-        scanned = merged = passes = 0
+        scanned = merged = passes = idle = 0
         settled = False
         while passes < (MAX_PASSES if until_settled else 2) and not (until_settled and settled):
             yield from self.full_pass(asked=True)
@@ -109,5 +110,7 @@ class Pipeline:
             passes += 1
             scanned += self.last.scan.scanned
             merged += self.last.merge.changed
-            settled = self.last.settled
+            # a target that can never be stopped must not keep the caller waiting for ever
+            idle = 0 if self.last.merge.changed or self.last.scan.new else idle + 1
+            settled = self.last.settled or idle >= _IDLE_PASSES
             yield AskedResult(scanned, merged, settled, passes)

@@ -22,7 +22,7 @@ from ksmd.model.process import TargetId
 from ksmd.model.refusal import Reason
 from ksmd.model.vma import Area, Vma
 from ksmd.remap.engine import TargetContexts
-from ksmd.remap.store import Extent, Store
+from ksmd.remap.store import Extent, Keeper, Store
 from ksmd.settings.models import TableSizes
 
 #: Refusals that may pass: tried again after a while. All others last for the target's life.
@@ -112,14 +112,14 @@ class Target:
 class Domain:
     """A trust domain: pages merge only inside one. Seed and key are secrets of this run."""
 
-    def __init__(self, name: str, sizes: TableSizes, ring: PinRing) -> None:
+    def __init__(self, name: str, sizes: TableSizes, ring: PinRing, keeper: Keeper) -> None:
         self.name = name
         self.seed = secrets.randbits(64)
         self.tables = PageTables(sizes.rmap_hash_size, sizes.page_hash_size)
         self.checksummer = Checksummer(self.seed)
         self.digest = HeadDigest(secrets.token_bytes(32))
         self.sha1_cache = Sha1Cache(sizes.sha1_hash_size)
-        self.store = Store(name, self._sums, ring)
+        self.store = Store(name, self._sums, ring, keeper)
 
     def _sums(self, view: memoryview) -> NDArray[np.uint32]:
         return sums_of(view, self.seed)

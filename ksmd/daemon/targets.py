@@ -17,7 +17,7 @@ from ksmd.core.eligibility import areas
 from ksmd.core.selection import Selected, select
 from ksmd.core.tables import PageTables
 from ksmd.daemon.state import Domain, Mapping, Target
-from ksmd.guard.client import Pager
+from ksmd.guard.client import KeptExtent, Pager
 from ksmd.kernel import procfs
 from ksmd.kernel.iouring import PinRing
 from ksmd.kernel.memory import Memory
@@ -25,6 +25,7 @@ from ksmd.kernel.pagemap import PageMap
 from ksmd.model.errors import KsmdError, PrivilegeError, TargetGoneError
 from ksmd.model.process import ProcessInfo, TargetId
 from ksmd.model.refusal import Reason, Refusal
+from ksmd.model.units import PAGE_SHIFT
 from ksmd.model.vma import Vma
 from ksmd.remap.store import Extent
 from ksmd.settings import Settings
@@ -109,7 +110,9 @@ class Targets:
 
     def _domain(self, name: str) -> Domain:
         if name not in self.domains:
-            self.domains[name] = Domain(name, self._sizes, self._ring)
+            self.domains[name] = Domain(
+                name, self._sizes, self._ring, PagerKeeper(self._pager, self._ring)
+            )
         return self.domains[name]
 
     def _add(self, selected: Selected) -> None:
@@ -189,6 +192,28 @@ class Targets:
             if target.refused is not None:
                 counts[target.refused] += 1
         return counts
+
+
+class PagerKeeper:
+    """The store's second holder is the pager."""
+
+    def __init__(self, pager: Pager, ring: PinRing) -> None:
+        self._pager = pager
+        self._ring = ring
+        self._rings: list[int] = []
+
+    def keep(self, extent: Extent) -> None:
+        """Hold an extent before its first use."""
+        if self._ring.fds != self._rings:
+            self._rings = self._ring.fds
+            self._pager.hold_rings(self._rings)
+        place = extent.map
+        length = extent.npages << PAGE_SHIFT
+        self._pager.keep(KeptExtent(place.inode, place.fd_ro, extent.offset(0), length))
+
+    def release(self, extent: Extent) -> None:
+        """Let an extent go."""
+        self._pager.release(extent.map.inode)
 
 
 def _age(target: TargetId) -> float:

@@ -47,6 +47,16 @@ class PagerRefusedError(KsmdError):
     """The pager answered with an error: a context that is none, an unknown id."""
 
 
+@dataclass(frozen=True, slots=True)
+class KeptExtent:
+    """Part of an extent that the pager maps and locks too; *fd* stays the caller's."""
+
+    inode: int
+    fd: int
+    offset: int
+    length: int
+
+
 @dataclass(slots=True)
 class _Held:
     fd: int
@@ -69,6 +79,8 @@ class Pager:
         self._pidfd = -1
         self._held: dict[int, _Held] = {}
         self._children: dict[int, tuple[int, int]] = {}  # key -> id, fd
+        self._kept: dict[int, KeptExtent] = {}
+        self._rings: list[int] = []
 
     # life
 
@@ -118,6 +130,10 @@ class Pager:
         self._collect_news()  # children that it told of before it died are in the queue until now
         self._detach()
         self.start()
+        if self._rings:
+            self.hold_rings(self._rings)
+        for extent in self._kept.values():
+            self._keep(extent)
         for target, held in self._held.items():
             self._tell(target, held)
         for key, (target, fd) in list(self._children.items()):
@@ -212,6 +228,25 @@ class Pager:
     def retract(self, target: int, ranges: Ranges) -> None:
         """Take announced ranges back: the window did not merge them, or they were unmerged."""
         self._forget("retract", target, ranges)
+
+    def keep(self, extent: KeptExtent) -> None:
+        """Have the pager hold an extent in place, so that our death does not move it."""
+        self._kept[extent.inode] = extent
+        self._keep(extent)
+
+    def _keep(self, extent: KeptExtent) -> None:
+        header = {"do": "keep", "offset": extent.offset, "length": extent.length}
+        self._ask(header, extent.fd)
+
+    def release(self, inode: int) -> None:
+        """Let the pager's hold on an extent go: nobody maps it any more."""
+        self._kept.pop(inode, None)
+        self._ask({"do": "release", "inode": inode})
+
+    def hold_rings(self, fds: list[int]) -> None:
+        """Have the pager hold these io_uring descriptors of ours, and with them our pins."""
+        self._rings = list(fds)
+        self._ask({"do": "rings", "pid": os.getpid(), "fds": self._rings})
 
     def drop(self, target: int) -> None:
         """Let go of a target that is gone or has nothing merged. Unknown ids are no error."""

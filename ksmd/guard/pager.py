@@ -14,6 +14,9 @@ Messages (``do``), each answered with {"ok": true, ...} or {"ok": false, "error"
 ``drop``      {id}: the target is gone or has nothing merged. Its children stay guarded.
 ``children``  {id} -> {children}: living contexts that descend from the target.
 ``stats``     -> the counters.
+``keep``      {offset, length} + 1 fd: map and lock this part of an extent (see keeper.py).
+``release``   {inode}: that extent has no user any more.
+``rings``     {pid, fds}: hold these io_uring descriptors of the daemon, with their pins.
 ``hand-over`` + 1 fd: a further channel's end.
 ``claim``     the sender is the owner from now on: it is told of all contexts.
 ``quit``      leave, if no context is held.
@@ -36,6 +39,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from ksmd.guard.keeper import Keeper
 from ksmd.guard.watch import Ranges, Watch
 from ksmd.kernel import channel, libc
 from ksmd.model.units import PAGE_SIZE
@@ -72,7 +76,8 @@ class Pager:
 
     def __init__(self, end: socket.socket, failed: list[str]) -> None:
         self._epoll = select.epoll()
-        self._watch = Watch(self._epoll)
+        self._watch = Watch(self._epoll, self._send)
+        self._keeper = Keeper()
         self._lines: dict[int, _Line] = {}
         self._owner: _Line | None = self._connect(end)
         self._leaving = False
@@ -196,6 +201,8 @@ class Pager:
                 return {"children": self._watch.children(header["id"])}
             case "stats":
                 return self._stats()
+            case "keep" | "release" | "rings" as verb:
+                self._keep(verb, header, fds)
             case "hand-over":
                 (fd,) = fds
                 self._connect(socket.socket(fileno=fd))
@@ -211,6 +218,14 @@ class Pager:
             case verb:
                 raise ValueError(f"unknown: {verb!r}")
         return {}
+
+    def _keep(self, verb: str, header: dict[str, Any], fds: list[int]) -> None:
+        if verb == "keep":
+            self._keeper.keep(fds[0], header["offset"], header["length"])
+        elif verb == "release":
+            self._keeper.release(header["inode"])
+        else:
+            self._keeper.hold_rings(header["pid"], header["fds"])
 
     def _guard(self, header: dict[str, Any], fds: list[int]) -> None:
         (fd,) = fds
@@ -234,6 +249,7 @@ class Pager:
             "remaps": count.remaps,
             "reaped": count.reaped,
             "starved": watch.starved,
+            "extents": len(self._keeper),
             "fds": _fds(),
         }
 

@@ -12,7 +12,7 @@ import os
 import select
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from ksmd.guard.context import Answer, Context, Counters, State
 from ksmd.kernel import userfaultfd
@@ -28,14 +28,19 @@ Ranges = Iterable[tuple[int, int]]
 
 
 class Watch:
-    """The contexts, by descriptor. ``unannounced`` and ``gone`` are news for the owner's copy."""
+    """The contexts, by descriptor. ``unannounced`` and ``gone`` are news for the owner's copy.
 
-    def __init__(self, epoll: select.epoll) -> None:
+    *tell* is called for each new child before anything else is done with it: from the moment its
+    FORK was read until it has been sent on, this process alone holds it.
+    """
+
+    def __init__(self, epoll: select.epoll, tell: Callable[[], None]) -> None:
         self.count = Counters()
         self.starved = 0
         self.unannounced: dict[int, Context] = {}
         self.gone: list[int] = []
         self._epoll = epoll
+        self._tell = tell
         self._by_fd: dict[int, Context] = {}
         self._roots: dict[int, Context] = {}
         self._filling: list[Context] = []
@@ -201,8 +206,9 @@ class Watch:
     def _forked(self, context: Context, fd: int) -> None:
         child = context.fork(fd, self._next_key)
         self._next_key += 1
-        self._watch(child)
         self.unannounced[fd] = child
+        self._tell()
+        self._watch(child)
         if child.state is State.FILL:
             self._fill(child)
         self._forks_since_sweep += 1

@@ -119,6 +119,11 @@ class PinRing:
     ) -> None:
         self.close()
 
+    @property
+    def fds(self) -> list[int]:
+        """The rings' descriptors: while any process holds one, its pins last."""
+        return list(self._rings)
+
     def close(self) -> None:
         """Take every pin off."""
         for fd in self._rings:

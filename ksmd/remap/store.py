@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,6 +65,16 @@ class Extent:
         return libc.view(self.map.address + self.offset(index), npages << PAGE_SHIFT)
 
 
+class Keeper(Protocol):
+    """Who else holds extents in place: our death must not move a page that a target maps."""
+
+    def keep(self, extent: Extent) -> None:
+        """Hold an extent, before any target maps it. KsmdError when that fails."""
+
+    def release(self, extent: Extent) -> None:
+        """Let an extent go: no target maps it any more."""
+
+
 @dataclass(slots=True)
 class Store:
     """All extents of a domain."""
@@ -71,6 +82,7 @@ class Store:
     domain: str
     sums: Sums
     ring: PinRing
+    keeper: Keeper
     extents: dict[int, Extent] = field(default_factory=dict)
 
     @property
@@ -105,6 +117,11 @@ class Store:
         extent = Extent(
             plan.extent, made, plan.phase, plan.huge, plan.checksums.copy(), good, token
         )
+        try:
+            self.keeper.keep(extent)
+        except BaseException:
+            self._free(extent)
+            raise
         self.extents[plan.extent] = extent
         return extent
 
@@ -121,6 +138,10 @@ class Store:
     def release(self, number: int) -> None:
         """Give an extent back: no target maps it any more."""
         extent = self.extents.pop(number)
+        self.keeper.release(extent)
+        self._free(extent)
+
+    def _free(self, extent: Extent) -> None:
         self.ring.unpin(extent.token)
         memfd.release(extent.map)
 
