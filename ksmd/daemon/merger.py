@@ -166,7 +166,8 @@ class Merger:
         """Confirm a batch of records by digest, then open one stop window for what is left."""
         extent = domain.store.extents.get(extent_number)
         try:
-            if not self._ready(target):
+            if not self._ready(target, asked):
+                result.postponed += target.refused in _MOMENTARY
                 return
             if extent is not None:
                 records = self._confirmed(domain, target, extent, records, result)
@@ -184,10 +185,13 @@ class Merger:
         result.postponed += done.refused in _MOMENTARY
         self._account(domain, target, done, result)
 
-    def _ready(self, target: Target) -> bool:
+    def _ready(self, target: Target, asked: bool) -> bool:
         """Make the target's contexts where it has none yet."""
-        if target.contexts is None:
-            prepare(target, self._engine, self._pager, self._settings.window.deadline_ms)
+        for _ in range(1 + (_RETRIES if asked else 0)):
+            if target.contexts is None:
+                prepare(target, self._engine, self._pager, self._settings.window.deadline_ms)
+            if target.contexts is not None or target.refused not in _MOMENTARY:
+                break
         return target.contexts is not None
 
     def _confirmed(

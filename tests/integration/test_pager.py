@@ -124,13 +124,17 @@ def start(program: Path, store: memfd.ExtentMap, pager: Pager) -> Iterator[Start
     """Start a process, guard it (settled or not), let it merge and run to its mode."""
     started: list[Guarded] = []
 
-    def begin(mode: str, arg: int = 1, pages: int = 256, settle: bool = True) -> Guarded:
+    def begin(
+        mode: str, arg: int = 1, pages: int = 256, settle: bool = True, replace: bool = False
+    ) -> Guarded:
         target = Guarded(program, store, mode, pages, arg)
         started.append(target)
         pager.guard(target.pid, target.context)
         pager.extend(target.pid, [target.range])
         target.tell()
         target.hear("m")
+        if replace:
+            pager.restart()
         if settle:
             pager.settle(target.pid, [target.range])
         target.tell()
@@ -228,6 +232,25 @@ def test_guard_pages_hold_and_come_back_as_zeros_in_children_too(
     assert result["bad"] == 0
 
 
+@pytest.mark.parametrize("replace", [False, True], ids=["same pager", "replaced pager"])
+@pytest.mark.parametrize(("mode", "arg"), [("forks", 20), ("dropall", 50), ("nest", 20)])
+def test_a_child_whose_page_table_fork_left_out_is_filled_from_the_store(
+    start: Start,
+    pager: Pager,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    mode: str,
+    arg: int,
+    replace: bool,
+) -> None:
+    monkeypatch.setenv("GUARDED_NO_CONTINUE", "1")
+    result = start(mode, arg=arg, pages=PAGES, settle=False, replace=replace).result()
+    stats = pager.stats()
+    figures(request, **result, stats=stats)
+    assert result["bad"] == 0
+    assert stats["filled"] > 0
+
+
 def test_a_storm_of_drops_from_four_threads_is_answered_rightly(
     start: Start, pager: Pager, request: pytest.FixtureRequest
 ) -> None:
@@ -312,9 +335,12 @@ def test_a_fault_that_the_dead_pager_had_read_is_answered_by_the_next(
     assert target.result()["bad"] == 0
 
 
-def test_children_stay_guarded_when_the_pager_is_replaced(start: Start, pager: Pager) -> None:
+def test_children_that_were_told_stay_guarded_when_the_pager_is_replaced(
+    start: Start, pager: Pager
+) -> None:
     target = start("families", arg=30)
     target.hear("d")
+    assert pager.stats()["forks"] == 30  # its answer comes after the news
     os.kill(pager.pid, signal.SIGKILL)
     _until(lambda: not pager.alive())
     # what they drop meanwhile waits; what was dropped before the old one died stays dropped

@@ -26,23 +26,23 @@ UNBOUNDED = dict.fromkeys(range(4), 1 << 40)
 def worlds(draw):
     """Sites (slot, page) -> checksum, a store, runs mapped already, and limits; all small."""
     # Targets hold parts of one array, here and there overwritten: runs of all lengths.
-    array = draw(st.lists(st.integers(0, 11), min_size=1, max_size=24))
+    array = draw(st.lists(st.integers(0, 11), min_size=3, max_size=24))
     places = {}
     merged = []
-    for slot in range(draw(st.integers(1, 3))):
+    for slot in range(draw(st.integers(2, 3))):
         at = draw(st.integers(505, 515))
-        for _ in range(draw(st.integers(1, 3))):
+        for _ in range(draw(st.integers(1, 4))):
             start = draw(st.integers(0, len(array) - 1))
             piece = array[start : start + draw(st.integers(1, 24))]
-            if draw(st.integers(0, 4)) == 0:
+            if draw(st.integers(0, 2)) == 0:
                 merged.append((slot, len(piece), at, 7, draw(st.integers(0, 9))))
             else:
                 for i, checksum in enumerate(piece):
-                    if draw(st.integers(0, 7)):
+                    if draw(st.integers(0, 7)) < 7:
                         places[slot, at + i] = checksum
                     elif draw(st.booleans()):
                         places[slot, at + i] = draw(st.integers(0, 11))
-            at += len(piece) + draw(st.integers(0, 2))
+            at += len(piece) + draw(st.sampled_from([0, 0, 1]))
     pages = draw(st.lists(st.tuples(st.integers(7, 8), st.integers(0, 12)), unique=True))
     kind = st.integers(0, 11).filter(lambda checksum: checksum != ZERO)
     store = {extent << 32 | index: draw(kind) for extent, index in pages}

@@ -124,6 +124,12 @@ def test_a_run_that_is_mapped_already_is_continued_on_either_side():
     assert plan.cost_bytes == 2 * VMA  # each shares a boundary with the mapped run
 
 
+def test_a_run_is_not_continued_across_a_page_that_does_not_belong_to_it():
+    store = [(5, 1, 40), (6, 2, 0), (6, 2, 50), (7, 1, 42), (7, 2, 1)]
+    plan = plan_of(array(0, 10, [5, 6, 7]), store=store)
+    assert sorted(runs(plan)) == [(0, 1, 10, 1, 40), (0, 2, 11, 2, 0)]
+
+
 def test_neighbours_do_not_reach_across_targets():
     store = [(5, 1, 40), (6, 2, 0), (6, 1, 41)]
     plan = plan_of([(0, 10, 5), (1, 11, 6)], store=store)

@@ -75,7 +75,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
 @pytest.fixture
 def watch(kernel: Kernel) -> Iterator[Watch]:
     with select.epoll() as epoll:
-        yield Watch(epoll)
+        yield Watch(epoll, lambda: None)
 
 
 def descriptor() -> int:
