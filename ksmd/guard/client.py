@@ -32,6 +32,8 @@ from ksmd.model.errors import KsmdError
 DEADLINE = 10.0
 #: Ranges per message: the pager answers faults between messages only.
 CHUNK = 256
+#: Bytes of an extent that the pager locks at a time: it answers faults in between.
+KEEP_PART = 16 << 20
 
 Ranges = Iterable[tuple[int, int]]
 
@@ -235,8 +237,10 @@ class Pager:
         self._keep(extent)
 
     def _keep(self, extent: KeptExtent) -> None:
-        header = {"do": "keep", "offset": extent.offset, "length": extent.length}
-        self._ask(header, extent.fd)
+        end = extent.offset + extent.length
+        for offset in range(extent.offset, end, KEEP_PART):
+            header = {"do": "keep", "offset": offset, "length": min(KEEP_PART, end - offset)}
+            self._ask(header, extent.fd)
 
     def release(self, inode: int) -> None:
         """Let the pager's hold on an extent go: nobody maps it any more."""

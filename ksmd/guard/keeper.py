@@ -17,16 +17,19 @@ class Keeper:
     """Extents by their inode, and the rings whose registered buffers pin them."""
 
     def __init__(self) -> None:
-        self._extents: dict[int, tuple[int, int]] = {}
+        self._extents: dict[int, dict[int, tuple[int, int]]] = {}  # inode -> offset -> place
         self._rings: list[int] = []
 
     def __len__(self) -> int:
         return len(self._extents)
 
     def keep(self, fd: int, offset: int, length: int) -> None:
-        """Map and lock part of the extent behind *fd*; a second time does nothing. OSError."""
-        inode = os.fstat(fd).st_ino
-        if inode in self._extents:
+        """Map and lock part of the extent behind *fd*; a second time does nothing. OSError.
+
+        Nothing is answered meanwhile, so parts should be small (16 MiB take some ms).
+        """
+        parts = self._extents.setdefault(os.fstat(fd).st_ino, {})
+        if offset in parts:
             return
         address = libc.mmap(0, length, libc.PROT_READ, libc.MAP_SHARED, fd, offset)
         try:
@@ -34,12 +37,11 @@ class Keeper:
         except OSError:
             libc.munmap(address, length)
             raise
-        self._extents[inode] = address, length
+        parts[offset] = address, length
 
     def release(self, inode: int) -> None:
         """Let an extent go that nobody maps any more. Unknown ones are no error."""
-        place = self._extents.pop(inode, None)
-        if place is not None:
+        for place in self._extents.pop(inode, {}).values():
             libc.munmap(*place)
 
     def hold_rings(self, pid: int, fds: list[int]) -> None:
