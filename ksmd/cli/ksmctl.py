@@ -13,6 +13,7 @@ from ksmd.cli import (
     estimate,
     features,
     pause,
+    plan,
     resume,
     scan,
     status,
@@ -31,6 +32,7 @@ VERBS: dict[str, ModuleType] = {
     "resume": resume,
     "unmerge": unmerge,
     "estimate": estimate,
+    "plan": plan,
     "features": features,
     "check-config": check_config,
 }

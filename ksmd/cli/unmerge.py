@@ -43,3 +43,7 @@ def show(reply: dict[str, Any], *, wait: bool, pid: int | None) -> None:
         print(f"{what} given back{whose}.")
     else:
         print(f"{what} will be given back{whose}. `ksmctl status` shows how it goes.")
+    if pid is None:
+        print("Scanning is paused, so that nothing is merged again. `ksmctl resume` goes on.")
+    else:
+        print("It is left alone from now on. `ksmctl resume` lets it merge again.")

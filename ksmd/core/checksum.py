@@ -5,7 +5,7 @@ candidate and nothing more, so the seed only has to keep outsiders from steering
 faster or weaker function would cost time (failed compares), never bytes.
 
 Pages are read into one buffer that is reused, and the slices that xxhash is called with are made
-once: that leaves about 0.12 us per page to Python, an eighth of what the read itself costs.
+once: that leaves about 0.12 us per page to Python, about a seventh of what the read itself costs.
 """
 
 from __future__ import annotations

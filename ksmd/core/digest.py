@@ -5,8 +5,9 @@ compared it before it compared pages. Here one digest covers a whole run: the he
 one after the other. A run whose digest differs is dropped without stopping its target; one whose
 digest matches is still compared byte for byte.
 
-An HMAC of a run costs 1.6 us plus 0.35 us per page, of every page for itself four times that;
-digests of the store's side do not change, so they are cached by store page.
+Measured, an HMAC costs 3 us for a run of one page and 23 us for one of 256: 0.1 us per page, where
+one HMAC per page would cost thirty times that. Digests of the store's side do not change, so they
+are cached by store page.
 """
 
 from __future__ import annotations

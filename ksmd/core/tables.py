@@ -39,8 +39,8 @@ from ksmd.core.rmap import (
 from ksmd.model.tables import Seen
 
 # Scattered pages use up blocks faster than rows. A block for every eight rows lets areas of a few
-# pages each (interpreter heaps) fill the table, and bounds its memory at 36 bytes a row whatever
-# comes.
+# pages each (interpreter heaps) fill the table, and bounds the rmap table's memory at 36 bytes a
+# row whatever comes.
 _ROWS_PER_BLOCK = 8
 _BLOCKS_AT_LEAST = 64
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from ksmd.model.units import PAGE_SHIFT
+from ksmd.model.units import HUGE_PAGE_SIZE, PAGE_SHIFT
 from ksmd.model.vma import Area
 from ksmd.model.window import Op, Record
 
@@ -48,6 +48,21 @@ def cut_into_windows(
     )
     for batch in _batches(empty, max_runs, max_pages):
         yield 0, batch
+
+
+def cut_huge_blocks(records: Sequence[Record]) -> list[int]:
+    """Addresses of the 2 MiB blocks that *records* cover in part only, ascending.
+
+    Where such a block is one huge page, moving a part of it away would have to split it, and a
+    split takes longer than anything else a stop window does.
+    """
+    blocks: set[int] = set()
+    for record in records:
+        end = record.start + record.length
+        blocks.update(
+            edge & -HUGE_PAGE_SIZE for edge in (record.start, end) if edge % HUGE_PAGE_SIZE
+        )
+    return sorted(blocks)
 
 
 def _pieces(

@@ -88,6 +88,11 @@ class Loop:
         self._jobs.append(job)
         self.hurry()
 
+    def give_up_jobs(self, why: KsmdError) -> None:
+        """Answer every job that runs or waits with *why*."""
+        while self._jobs:
+            self._jobs.popleft().on_error(why)
+
     def hurry(self) -> None:
         """Start the next background scan now."""
         self._work, self._due = None, 0.0

@@ -20,16 +20,16 @@ from numpy.typing import NDArray
 from ksmd.core.digest import HEAD_SIZE
 from ksmd.core.focus import focus
 from ksmd.core.planner import make_plan
-from ksmd.core.windows import cut_into_windows
+from ksmd.core.windows import cut_huge_blocks, cut_into_windows
 from ksmd.daemon.prepare import prepare
 from ksmd.daemon.state import PASSING, Domain, Target
 from ksmd.daemon.targets import Targets
 from ksmd.guard.client import Pager
-from ksmd.kernel import risks
+from ksmd.kernel import risks, thp
 from ksmd.model.errors import KsmdError, TargetGoneError
 from ksmd.model.plan import Plan
 from ksmd.model.refusal import Reason
-from ksmd.model.units import PAGE_SHIFT
+from ksmd.model.units import HUGE_PAGE_SIZE, PAGE_SHIFT
 from ksmd.model.window import Op, Record, WindowRequest, WindowResult
 from ksmd.remap.engine import Engine
 from ksmd.remap.store import Extent
@@ -171,6 +171,7 @@ class Merger:
                 return
             if extent is not None:
                 records = self._confirmed(domain, target, extent, records, result)
+            _split_huge_pages(target, records)
         except TargetGoneError:
             self._targets.drop(target)
             return
@@ -348,3 +349,14 @@ class Merger:
             os.close(target.contexts.guard)
             os.close(target.contexts.track)
         target.contexts = None
+
+
+def _split_huge_pages(target: Target, records: Sequence[Record]) -> None:
+    """Split, before the stop, the huge pages of which only a part is merged."""
+    huge = [
+        block
+        for block in cut_huge_blocks(records)
+        if target.pagemap.present(block, block + HUGE_PAGE_SIZE, 1).huge.any()
+    ]
+    if huge:
+        thp.split_in(target.pid, huge)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,7 @@ class Service:
 
     def _leave(self) -> int:
         """Unmerge on the way out (on_stop); what cannot be given back keeps its guard."""
+        self.loop.give_up_jobs(KsmdError("ksmd is stopping"))
         if self._settings.on_stop == "keep":
             log.warning("stopping with on_stop: keep; merged memory stays guarded by the pager")
             return 0
@@ -180,9 +182,11 @@ class Service:
                 return None if waits else {"scanned": 0, "merged": 0, "settled": False, "passes": 0}
             case "Unmerge":
                 return self._unmerge(parameters.get("pid"), call, bool(parameters.get("wait")))
-            case "Pause" | "Resume":
-                self._paused = method == "Pause"
-                self.loop.hurry()
+            case "Pause":
+                self._paused = True
+                return {}
+            case "Resume":
+                self._resume()
                 return {}
             case "Features":
                 return {"features": [_feature(feature) for feature in self.features]}
@@ -241,9 +245,23 @@ class Service:
             if call is not None and wait:
                 call.reply(_unmerged(last))
 
+        # whoever asks for memory back does not want the next scan to take it again
+        if pid is None:
+            self._paused = True
+        else:
+            targets[0].refuse(Reason.RELEASED, "", time.monotonic())
         steps = self.pipeline.unmerger.unmerge(targets)
         self.loop.add(Job("unmerge", steps, interim, done, _fail(call if wait else None)))
         return None if wait else {"pages": expected}
+
+    def _resume(self) -> None:
+        """Scan on; targets that were unmerged by request may be merged again."""
+        self._paused = False
+        for target in self.pipeline.targets:
+            if target.refused is Reason.RELEASED:
+                target.refused = None
+                target.accepted()
+        self.loop.hurry()
 
     def _why(self, pid: int, address: int | None) -> dict[str, Any]:
         answer = report.why(self.pipeline, pid, address)

@@ -99,7 +99,9 @@ class Target:
             self.retry_at = float("inf")
 
     def accepted(self) -> None:
-        """A window went well: whatever was in the way has passed."""
+        """A window went well: whatever was in the way has passed, if it was of that kind."""
+        if self.refused is not None and self.refused not in PASSING:
+            return
         self.refused, self.detail, self.pause_secs, self.retry_at = None, "", 0.0, 0.0
 
     def may_stop(self, now: float, interval: float, asked: bool) -> bool:

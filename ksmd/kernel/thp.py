@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -79,6 +80,18 @@ def split(pidfd: int, addresses: Iterable[int]) -> int:
     """Split the huge pages in which *addresses* lie; the number of pages that were advised."""
     blocks = sorted({address & ~(HUGE_PAGE_SIZE - 1) for address in addresses})
     return cold(pidfd, [(block, PAGE_SIZE) for block in blocks]) // PAGE_SIZE
+
+
+def split_in(pid: int, addresses: Iterable[int]) -> int:
+    """Do as :func:`split`, by pid."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except OSError as error:
+        raise _explain(error) from error
+    try:
+        return split(pidfd, addresses)
+    finally:
+        os.close(pidfd)
 
 
 def shmem_enabled() -> str | None:

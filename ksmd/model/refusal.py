@@ -34,6 +34,7 @@ class Reason(StrEnum):
     PRIVILEGE = "privilege"
     POISONED = "poisoned"
     NO_GUARD = "no-guard"
+    RELEASED = "released"
     # the VMA
     FILE_BACKED = "file-backed"
     SHARED_MAPPING = "shared-mapping"
@@ -92,6 +93,7 @@ SENTENCES: dict[Reason, str] = {
     Reason.PRIVILEGE: "ksmd lacks a capability for this process (CAP_SYS_PTRACE, CAP_SYS_ADMIN)",
     Reason.POISONED: "an undo failed in this process; it runs on, and ksmd leaves it alone",
     Reason.NO_GUARD: "without a working guard nothing is merged (see `ksmctl features`)",
+    Reason.RELEASED: "somebody asked for its pages back; `ksmctl resume` lets it merge again",
     Reason.FILE_BACKED: "the mapping belongs to a file",
     Reason.SHARED_MAPPING: "the mapping is shared already (MAP_SHARED)",
     Reason.STACK: "main stacks are not merged",

@@ -80,6 +80,7 @@ class Borrowed:
         self._marker = marker_signal(session.pid)
         self._changed = False
         self._running = False
+        self._phase = 0
         self._scratch = (0, 0)
         self._pagemap = -1
 
@@ -224,15 +225,15 @@ class Borrowed:
         return outcome, taken
 
     def _until(self, header_at: int, phase: int) -> None:
-        """Run the stub to its next marker."""
+        """Run the stub to that marker, or to a later one: after an error it skips some."""
         tid, at = self._thread.tid, header_at + stub.field_offset("phase")
-        while True:
+        while self._phase < phase:
             ptrace.cont(tid)
             event, number = self._wait()
             if event == 0 and number == self._marker:
-                if struct.unpack("=q", self._session.memory.read(at, 8))[0] == phase:
-                    return
-                continue  # the same signal from elsewhere: ignored by default, so dropped
+                # else the same signal from elsewhere: ignored by default, so dropped
+                self._phase = struct.unpack("=q", self._session.memory.read(at, 8))[0]
+                continue
             self._keep_signal(event, number)
 
     def _field(self, header_at: int, name: str) -> int:
@@ -261,7 +262,7 @@ class Borrowed:
             path = procfs.task_path(self._session.pid, "pagemap", self._session.tid)
             self._pagemap = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             fds.append(self._pagemap)
-        if contexts.store >= 0:
+        if contexts.store >= 0 and records[0].op is not Op.UNMERGE:  # must not need more than MERGE
             fds.append(contexts.store)
         return fds
 
