@@ -94,7 +94,9 @@ def pin_risks(pid: int) -> list[str]:
     pinned = procfs.status_fields(pid, procfs.live_tid(pid)).get("VmPin", "0 kB")
     risks = [] if pinned.split()[:1] == ["0"] else [f"has pinned memory (VmPin: {pinned})"]
     with contextlib.suppress(PrivilegeError):
-        risks += _mapping_risks(procfs.maps(pid))
+        maps = procfs.read_file(procfs.task_path(pid, "maps"), f"process {pid}")
+        if b"/[aio]" in maps or b"socket:[" in maps:  # parsing takes milliseconds: only then
+            risks += _mapping_risks(procfs.parse_maps(maps))
     return risks + _fd_risks(pid)
 
 

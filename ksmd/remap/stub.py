@@ -6,6 +6,7 @@ anew, and a test compares. The bytes are checked in so that no compiler is neede
 
 from __future__ import annotations
 
+import functools
 import struct
 import subprocess
 import sys
@@ -70,6 +71,7 @@ class StubRecord:
         )
 
 
+@functools.cache
 def code() -> bytes:
     """Give the stub's machine code."""
     return files(__package__).joinpath("stub.bin").read_bytes()

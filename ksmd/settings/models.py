@@ -115,14 +115,15 @@ class Window(_Model):
 
     deadline_ms: Annotated[int, Field(ge=1, le=1000)] = Field(
         default=10,
-        description="Milliseconds after which a stop window lets its target run again, "
-        "with whatever is done by then.",
+        description="Milliseconds within which all threads of a target must stand still; "
+        "where one does not, the target is let go and tried again later.",
     )
     max_pages: Annotated[int, Field(ge=1, le=1 << 20)] = Field(
-        default=4096, description="The most pages that one stop window merges."
+        default=2048,
+        description="The most pages that one stop window merges: 2048 take about 5 ms.",
     )
     max_runs: Annotated[int, Field(ge=1, le=500)] = Field(
-        default=400,
+        default=300,
         description="The most runs (neighbouring pages taken as one) that one stop window merges.",
     )
     interval_secs: Annotated[int, Field(ge=0, le=86400)] = Field(
