@@ -8,12 +8,18 @@ every failure into a KsmdError whose hint says what to do::
         for progress in ksmd.stream("Scan", wait=True, until_settled=True):
             print(progress["merged"])
 
-What a connection registers belongs to it: the daemon releases it when the client is closed.
+What a connection registers belongs to it: the daemon releases it when the client is closed. A
+program that wants its own memory shared needs no privilege, only a socket that lets it in::
+
+    with SharedMemoryArea() as sma:
+        sma.register(weights)        # a numpy array, an mmap, a bytearray, ...
+        sma.share()                  # now; or leave it to the daemon's own scans
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import socket
 import struct
@@ -41,6 +47,7 @@ from ksmd.model.errors import (
     TargetGoneError,
     UsageError,
 )
+from ksmd.model.units import PAGE_SIZE
 
 _CHUNK = 64 << 10
 
@@ -200,6 +207,117 @@ class Client:
             raise DaemonUnavailableError(
                 f"what answers at {self.path} is no ksmd: {error}", "check --socket PATH"
             ) from error
+
+
+class SharedMemoryArea:
+    """Memory of this process that may be shared, page by page, with equal memory of others.
+
+    Nothing changes for the program: a page that it writes to becomes its own again. When the area
+    is closed, or the process ends, all of it is. Buffers are kept alive, and from being resized,
+    until then. The area belongs to the process that made it; a child made by fork has none.
+
+    *path* and *timeout* (seconds, for each wait) are those of :class:`Client`. *domain* is for
+    root: the trust domain, instead of one for each user.
+    """
+
+    def __init__(
+        self,
+        path: Path | str = DEFAULT_SOCKET,
+        timeout: float | None = None,
+        domain: str | None = None,
+    ) -> None:
+        self._pid = os.getpid()
+        self._domain = domain
+        self._views: list[memoryview] = []
+        self._client = Client(path, timeout)
+        try:
+            self._sma = self._client.call("CreateSharedMemoryArea")["sma"]
+        except BaseException:
+            self._client.close()
+            raise
+
+    def __enter__(self) -> SharedMemoryArea:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def register(self, buffer: Any) -> int:
+        """Register the whole pages inside *buffer*; their number.
+
+        *buffer* is anything with contiguous memory of its own: a numpy array, a bytearray, a
+        private mmap. ValueError when there is no whole page in it; RemoteError with the name
+        InvalidRegion when it is memory of a kind that cannot be shared (a MAP_SHARED mmap is shared
+        already, say).
+        """
+        view = memoryview(buffer)
+        start, npages = _pages_inside(view)
+        self.register_range(start, npages)
+        self._views.append(view)
+        return npages
+
+    def register_range(self, address: int, npages: int) -> None:
+        """Register *npages* pages from *address* on, which must stay mapped."""
+        self._call("RegisterMemoryRegion", addr=address, npages=npages, domain=self._domain)
+
+    def share(self) -> dict[str, Any]:
+        """Merge what can be merged now, and wait for it.
+
+        The answer says how many pages were ``scanned`` and ``merged``, and why others were not
+        (``refusals``). Memory that is equal to no other now may be merged later, by the daemon's
+        own scans or when another process shares its own.
+        """
+        return self._call("Share")
+
+    def remove(self) -> None:
+        """Forget all that was registered, and wait until all of it is this process's own again."""
+        self._call("RemoveMemoryRegion", wait=True)
+        self._release()
+
+    def close(self) -> None:
+        """End the area. Its memory becomes this process's own again, within moments."""
+        self._client.close()
+        self._release()
+
+    def _call(self, method: str, **parameters: Any) -> dict[str, Any]:
+        if os.getpid() != self._pid:
+            raise RuntimeError("this area belongs to the process that made it, not to its child")
+        return self._client.call(method, sma=self._sma, **parameters)
+
+    def _release(self) -> None:
+        while self._views:
+            self._views.pop().release()
+
+
+class _PyBuffer(ctypes.Structure):
+    """Py_buffer, Include/cpython/object.h (Include/pybuffer.h): the start of it matters here."""
+
+    _fields_ = (
+        ("buf", ctypes.c_void_p),
+        ("obj", ctypes.py_object),
+        ("len", ctypes.c_ssize_t),
+        ("rest", ctypes.c_void_p * 16),
+    )
+
+
+def _pages_inside(view: memoryview) -> tuple[int, int]:
+    """Give (address, pages) of the whole pages in *view*."""
+    if not view.contiguous:
+        raise ValueError("the buffer is not contiguous: register the array that it is a part of")
+    found = _PyBuffer()
+    # flags 0x98: PyBUF_ANY_CONTIGUOUS; read-only buffers have an address, too
+    ctypes.pythonapi.PyObject_GetBuffer(ctypes.py_object(view), ctypes.byref(found), 0x98)
+    address, length = int(found.buf or 0), int(found.len)
+    ctypes.pythonapi.PyBuffer_Release(ctypes.byref(found))
+    start, end = -(-address // PAGE_SIZE) * PAGE_SIZE, (address + length) // PAGE_SIZE * PAGE_SIZE
+    if start >= end:
+        raise ValueError(f"there is no whole page in a buffer of {length} bytes at {address:#x}")
+    return start, (end - start) // PAGE_SIZE
 
 
 def _translated(reply: ReplyMessage) -> KsmdError:

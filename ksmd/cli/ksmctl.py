@@ -10,6 +10,7 @@ from types import ModuleType
 import ksmd
 from ksmd.cli import (
     check_config,
+    doctor,
     estimate,
     features,
     pause,
@@ -17,6 +18,7 @@ from ksmd.cli import (
     resume,
     scan,
     status,
+    sysfs,
     targets,
     unmerge,
     why,
@@ -35,11 +37,13 @@ VERBS: dict[str, ModuleType] = {
     "plan": plan,
     "features": features,
     "check-config": check_config,
+    "sysfs": sysfs,
+    "doctor": doctor,
 }
 
 _EPILOG = """\
 exit codes: 0 well, 1 failed, 2 usage or wrong settings, 3 lacking privilege, 4 lacking a kernel
-feature. estimate, features and check-config need no daemon.
+feature. estimate, features, check-config and doctor need no daemon.
 """
 
 

@@ -8,10 +8,16 @@ from collections.abc import Sequence
 from types import ModuleType
 
 import ksmd
-from ksmd.cli import demo, run
+from ksmd.cli import demo, exporter, install, run, uninstall
 from ksmd.cli.common import guarded
 
-VERBS: dict[str, ModuleType] = {"run": run, "demo": demo}
+VERBS: dict[str, ModuleType] = {
+    "run": run,
+    "demo": demo,
+    "exporter": exporter,
+    "install": install,
+    "uninstall": uninstall,
+}
 
 _EPILOG = """\
 signals to a running daemon: HUP reads the settings again, USR1 scans now, USR2 logs the status,

@@ -1,11 +1,17 @@
-"""``ksmd run``: the daemon in the foreground, logging to stderr."""
+"""``ksmd run``: the daemon in the foreground.
+
+It logs to stderr, or with fields to the journal where a service manager connected stderr to that.
+"""
 
 from __future__ import annotations
 
 import argparse
-import logging
+import os
 import sys
 from pathlib import Path
+
+from ksmd.daemon import journal
+from ksmd.daemon.notify import Manager
 
 HELP = "run the daemon in the foreground, logs on stderr"
 
@@ -23,12 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Start logging, then the daemon; returns when it has stopped."""
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=logging.DEBUG if args.verbose else logging.INFO,
-        format="%(levelname)s %(name)s: %(message)s",
-    )
+    journal.configure(verbose=args.verbose, stream=sys.stderr, environ=os.environ)
+    manager = Manager.take(os.environ)
     # `ksmd --version` and `ksmd demo` need none of it
     from ksmd.daemon import main  # noqa: PLC0415
 
-    return main.run(args.config, args.socket)
+    return main.run(args.config, args.socket, manager)

@@ -32,7 +32,7 @@ _STATES = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the process and the address."""
-    parser.add_argument("pid", type=process_id, metavar="PID")
+    parser.add_argument("pid", type=process_id, metavar="PID", help="the process")
     parser.add_argument(
         "address",
         type=whole_number,

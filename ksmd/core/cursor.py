@@ -8,7 +8,7 @@ happens, the walk of one full scan only goes forward, so it ends, and no byte is
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 
 from ksmd.model.units import PAGE_SIZE
@@ -55,6 +55,11 @@ class Cursor:
         self._areas[slot] = _ordered(areas)
         if not known and self._under_way:
             self._waiting.insert(0, slot)
+
+    def retain(self, slots: Container[int]) -> None:
+        """Drop every slot that is not among *slots*."""
+        for slot in [slot for slot in self._areas if slot not in slots]:
+            self.forget(slot)
 
     def forget(self, slot: int) -> None:
         """Drop *slot*: its process is gone, or no target any more."""

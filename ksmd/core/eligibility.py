@@ -110,20 +110,22 @@ def areas(
     vmas: Iterable[Vma],
     regions: Regions,
     *,
+    also: Sequence[tuple[int, int]] = (),
     write_tracked_by_us: Callable[[Vma], bool] = lambda _vma: False,
     merged_by_us: Callable[[Vma], bool] = lambda _vma: False,
 ) -> tuple[list[Area], list[RefusedRange]]:
     """Cut *regions* out of *vmas* (ascending, as in maps): what may be scanned, and what not.
 
     "anon": every VMA; "heap": the VMA(s) named [heap], the rest unmentioned; else (start, npages)
-    ranges, which may overlap each other. VMAs for which *merged_by_us* holds are in neither list:
-    they are no candidates any more, and no refusal either. Addresses ascend in both lists, and
-    together with our own VMAs they cover the regions exactly once. ValueError on a range that is
-    not page-aligned or is empty.
+    ranges, which may overlap each other. *also*: ranges besides those. VMAs for which
+    *merged_by_us* holds are in neither list: they are no candidates any more, and no refusal
+    either. Addresses ascend in both lists, and together with our own VMAs they cover the regions
+    exactly once. ValueError on a range that is not page-aligned or is empty.
     """
     allowed: list[Area] = []
     refused: list[RefusedRange] = []
-    for start, end, vma in _pieces(list(vmas), regions):
+    found = list(vmas)
+    for start, end, vma in _pieces(found, _besides(found, regions, also)):
         npages = (end - start) >> PAGE_SHIFT
         if vma is None:
             refused.append(RefusedRange(Reason.NOT_MAPPED, start, npages, None))
@@ -176,6 +178,16 @@ def _pieces(vmas: list[Vma], regions: Regions) -> Iterator[tuple[int, int, Vma |
             here += 1
         if at < end:
             yield at, end, None
+
+
+def _besides(vmas: list[Vma], regions: Regions, also: Sequence[tuple[int, int]]) -> Regions:
+    """Add ranges to *regions*; with "heap" as ranges, where the heap lies now."""
+    if regions == "anon" or not also:
+        return regions
+    if regions == "heap":
+        heap = [vma for vma in vmas if vma.path == "[heap]"]
+        regions = tuple((vma.start, (vma.end - vma.start) >> PAGE_SHIFT) for vma in heap)
+    return (*regions, *also)
 
 
 def _union(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Literal, Protocol
 
@@ -96,13 +96,17 @@ class TargetRule(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Selected:
-    """A process that a rule chose, with all that the rule says of it."""
+    """A process that a rule chose, with all that the rule says of it.
+
+    ``also``: (first byte, npages) of ranges that were registered besides, over the control socket.
+    """
 
     process: ProcessInfo
     name: str
     domain: str
     regions: Regions
     accept_seccomp_risk: bool
+    also: tuple[tuple[int, int], ...] = ()
 
 
 def select(
@@ -133,6 +137,15 @@ def select(
             selected.append(_selected(process, rule))
     refusals += [Refusal(Reason.GONE, str(pid), name) for pid, name in named.items()]
     return selected, refusals
+
+
+def united(rule: Selected | None, registered: Selected) -> Selected:
+    """Put together what a rule says of a process and what was registered of it.
+
+    All of both is covered. The rule decides everything else, the trust domain too: it is the
+    operator's word, and a process is in one domain only.
+    """
+    return registered if rule is None else replace(rule, also=registered.also)
 
 
 def matches(process: ProcessInfo, match: MatchRule) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -26,6 +27,8 @@ def cut_into_windows(
     the start of each extent. Runs keep their order, most profitable first, within their extent, and
     are cut where VMAs end and where a window would exceed *max_pages*.
     """
+    areas = sorted(areas, key=lambda area: area.start)
+    ends = [area.end for area in areas]
     extents: dict[int, None] = dict.fromkeys(int(number) for number in runs["extent"])
     for extent in extents:
         records = (
@@ -37,6 +40,7 @@ def cut_into_windows(
                 int(run["npages"]),
                 int(run["index"]) + phases.get(extent, 0),
                 areas,
+                ends,
             )
         )
         for batch in _batches(records, max_runs, max_pages):
@@ -44,7 +48,7 @@ def cut_into_windows(
     empty = (
         record
         for span in zeros
-        for record in _pieces(Op.ZERO, int(span["page"]), int(span["npages"]), 0, areas)
+        for record in _pieces(Op.ZERO, int(span["page"]), int(span["npages"]), 0, areas, ends)
     )
     for batch in _batches(empty, max_runs, max_pages):
         yield 0, batch
@@ -66,11 +70,17 @@ def cut_huge_blocks(records: Sequence[Record]) -> list[int]:
 
 
 def _pieces(
-    op: Op, page: int, npages: int, file_page: int, areas: Sequence[Area]
+    op: Op, page: int, npages: int, file_page: int, areas: Sequence[Area], ends: Sequence[int]
 ) -> Iterator[Record]:
-    """Cut a run at the borders of VMAs; what lies in none of them is left out."""
+    """Cut a run at the borders of VMAs; what lies in none of them is left out.
+
+    Areas in order and disjoint; *ends* are theirs, for there may be as many as runs.
+    """
     start, end = page << PAGE_SHIFT, (page + npages) << PAGE_SHIFT
-    for area in areas:
+    for at in range(bisect_right(ends, start), len(areas)):
+        area = areas[at]
+        if area.start >= end:
+            break
         low, high = max(start, area.start), min(end, area.end)
         if low < high:
             offset = (file_page << PAGE_SHIFT) + low - start if op is Op.MERGE else 0

@@ -8,12 +8,13 @@ and a daemon that starts over merged processes counts right at once.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ksmd.core.ledger import Ledger, Sharing, count_sharing
+from ksmd.core.spans import Spans
 from ksmd.daemon.state import Mapping, Target
 from ksmd.daemon.targets import Targets
 from ksmd.guard.client import Pager
@@ -22,6 +23,10 @@ from ksmd.model.errors import TargetGoneError
 from ksmd.model.units import PAGE_SHIFT
 
 log = logging.getLogger(__name__)
+
+#: A CoW storm: this many merged pages, and one in so many, were written between two counts.
+_STORM_PAGES = 256
+_STORM_SHARE = 4
 
 
 class Accounting:
@@ -33,9 +38,15 @@ class Accounting:
         self._pager = pager
         self.sharing: Sharing = count_sharing({})
 
-    def recount(self) -> Iterator[None]:
-        """Look at every target; yields after each."""
-        for target in self._targets:
+    def recount(self, targets: Iterable[Target] | None = None) -> Iterator[None]:
+        """Look at every target, yielding after each; or at *targets*, where only they can differ.
+
+        What the others hold is taken from the last time then.
+        """
+        quiet, begun = not self._targets.plans_under_way, self._targets.plans_begun
+        for target in self._targets if targets is None else targets:
+            if target.slot not in self._targets.by_slot:
+                continue
             try:
                 self._targets.read_mappings(target)
                 self._recount(target)
@@ -43,27 +54,25 @@ class Accounting:
                 self._targets.drop(target)
             yield
         self.sharing = count_sharing({t.slot: t.sites for t in self._targets})
-        self._release_unused()
+        if targets is None and quiet and begun == self._targets.plans_begun:
+            self._release_unused()
 
     def _recount(self, target: Target) -> None:
-        shared: list[NDArray[np.uint64]] = []
-        broken = 0
-        for mapping in target.mappings:
-            sites, written = _sites(target.pagemap, mapping)
-            shared.append(sites)
-            broken += written
-        target.sites = np.concatenate(shared) if shared else np.empty(0, np.uint64)
+        target.sites, broken = _sites(target.pagemap, target.mappings)
         newly = max(0, broken - target.broken)
         target.cow_breaks += newly
+        if newly >= _STORM_PAGES and newly * _STORM_SHARE >= newly + len(target.sites):
+            self._targets.tell("cow_storm", target, newly)
         self._ledger.cow_breaks += newly
         target.broken = broken
         target.zero_pages = self._zero_pages(target)
 
     def _zero_pages(self, target: Target) -> int:
         """Pages that we made zero and that nothing was written to since."""
-        for start, end in list(target.zeros):
+        zeros = Spans(target.zeros)
+        for start, end in zeros.groups():
             present = target.pagemap.present(start << PAGE_SHIFT, end << PAGE_SHIFT, 0)
-            for page in present.pages.tolist():
+            for page in present.pages[zeros.find(present.pages)[1]].tolist():
                 target.zeros.remove(page, page + 1)
         mapped = 0
         for area in target.areas:
@@ -72,7 +81,13 @@ class Accounting:
         return mapped
 
     def _release_unused(self) -> None:
-        """An extent goes when no target maps it; children that fork made may map any of them."""
+        """An extent goes when no target maps it; children that fork made may map any of them.
+
+        So may, at any moment, a stub that is at work without its tracer. Every target's mappings
+        must have been read since the last plan was carried out.
+        """
+        if self._pager.unsettled:
+            return
         used = {mapping.extent.map.inode for target in self._targets for mapping in target.mappings}
         for domain in self._targets.domains.values():
             unused = [e for e in domain.store.extents.values() if e.map.inode not in used]
@@ -80,14 +95,30 @@ class Accounting:
                 continue
             for extent in unused:
                 domain.sha1_cache.forget_extent(extent.number)
-                domain.store.release(extent.number)
+                try:
+                    domain.store.release(extent.number)
+                finally:  # its pins may have been the last of a ring
+                    self._targets.hold_rings()
 
 
-def _sites(pagemap: PageMap, mapping: Mapping) -> tuple[NDArray[np.uint64], int]:
-    """Give the store pages that one of our mappings still shows, and how many were written."""
-    vma, extent = mapping.vma, mapping.extent
-    shared, broken = pagemap.still_shared(vma.start, vma.end)
-    shift = extent.index(vma.offset) - (vma.start >> PAGE_SHIFT)
-    index = shared.astype(np.int64) + shift
-    index = index[(index >= 0) & (index < extent.npages)]
-    return np.uint64(extent.number << 32) | index.astype(np.uint64), len(broken)
+def _sites(pagemap: PageMap, mappings: Sequence[Mapping]) -> tuple[NDArray[np.uint64], int]:
+    """Give the store pages that our mappings still show, and how many pages were written."""
+    ordered = sorted(mappings, key=lambda mapping: mapping.vma.start)
+    vmas = [(m.vma.start >> PAGE_SHIFT, m.vma.end >> PAGE_SHIFT) for m in ordered]
+    spans = Spans(vmas)
+    extents = [mapping.extent for mapping in ordered]
+    number = np.array([extent.number for extent in extents], np.uint64)
+    npages = np.array([extent.npages for extent in extents], np.int64)
+    # the extent's page index at the first page of each VMA
+    index = np.array([m.extent.index(m.vma.offset) for m in ordered], np.int64)
+    found: list[NDArray[np.uint64]] = []
+    written = 0
+    for start, end in spans.groups():
+        shared, broken = pagemap.still_shared(start << PAGE_SHIFT, end << PAGE_SHIFT)
+        written += int(np.count_nonzero(spans.find(broken)[1]))
+        at, inside = spans.find(shared)
+        at, shared = at[inside], shared[inside]
+        place = index[at] + (shared - spans.starts[at]).astype(np.int64)
+        good = (place >= 0) & (place < npages[at])
+        found.append((number[at[good]] << np.uint64(32)) | place[good].astype(np.uint64))
+    return np.concatenate(found) if found else np.empty(0, np.uint64), written

@@ -25,6 +25,8 @@ from ksmd.daemon.protocol import (
     encode_reply,
     parse_call,
 )
+from ksmd.daemon.quiet import Quiet
+from ksmd.kernel import peer
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +77,14 @@ class Call:
         """Whether nobody waits for an answer any more: answered, or the caller left."""
         return self._answered or self._connection.closed
 
+    def open_peer(self) -> int:
+        """Open a pidfd of the process that connected, whatever has its pid now."""
+        return self._connection.open_peer()
+
+    def in_group(self, gid: int) -> bool:
+        """Whether the process that connected was of that group."""
+        return gid == self.peer.gid or gid in self._connection.groups()
+
     def reply(self, parameters: dict[str, Any] | None = None, continues: bool = False) -> None:
         """Answer. With *continues* another reply follows; dropped for who did not ask for more."""
         if continues and not self.more:
@@ -118,6 +128,7 @@ class Connection:
         on_change: Callable[[Connection], None],
         on_close: Callable[[Connection], None],
         clock: Callable[[], float],
+        quiet: Quiet,
     ) -> None:
         self.id = number
         self.peer = peer_of(sock)
@@ -127,6 +138,7 @@ class Connection:
         self._on_change = on_change
         self._on_close = on_close
         self._clock = clock
+        self._quiet = quiet
         self._decoder = Decoder()
         self._output = bytearray()
         self._current: Call | None = None
@@ -174,7 +186,8 @@ class Connection:
         if done:
             self._current = None
         if len(self._output) > MAX_OUTPUT:
-            log.info("dropping pid %d: it does not read its replies", self.peer.pid)
+            why = "dropping pid %d: it does not read its replies"
+            self._quiet.info("does not read", self.peer.uid, why, self.peer.pid)
             self.close()
         elif not self._in_turn:
             self._settle()
@@ -186,6 +199,14 @@ class Connection:
         if not self.closed:
             self._write()
         self.close()
+
+    def open_peer(self) -> int:
+        """Open a pidfd of the process at the other end."""
+        return peer.open_pidfd(self._socket)
+
+    def groups(self) -> frozenset[int]:
+        """Give the supplementary groups of the process at the other end."""
+        return peer.groups(self._socket)
 
     def close(self) -> None:
         """Drop the caller. Safe to call twice."""
@@ -221,7 +242,8 @@ class Connection:
                 if not self._next_call():
                     break
         except ProtocolError as error:
-            log.info("dropping pid %d: %s", self.peer.pid, error)
+            uid, pid = self.peer.uid, self.peer.pid
+            self._quiet.info("protocol", uid, "dropping pid %d: %s", pid, error)
             self.close()
         finally:
             self._in_turn = False

@@ -30,9 +30,9 @@ from pathlib import Path
 from typing import Any
 
 import ksmd
-from ksmd.daemon import interface
+from ksmd.daemon import access, interface
 from ksmd.daemon.connection import Call, CallError, Connection, Peer, peer_of
-from ksmd.daemon.listening import close_socket, listen
+from ksmd.daemon.listening import close_socket, listen, permit
 from ksmd.daemon.protocol import (
     INTERFACE,
     SERVICE,
@@ -40,6 +40,7 @@ from ksmd.daemon.protocol import (
     encode_reply,
     split_method,
 )
+from ksmd.daemon.quiet import Quiet
 from ksmd.model.errors import KsmdError, TargetGoneError
 
 __all__ = ["Call", "CallError", "ControlServer", "Dispatch", "Peer"]
@@ -52,6 +53,9 @@ log = logging.getLogger(__name__)
 Dispatch = Callable[[str, dict[str, Any], Call], dict[str, Any] | None]
 
 MAX_CONNECTIONS = 256
+#: Connections of one user who is not root, and what all users together leave to root.
+MAX_PER_USER = 32
+KEPT_FOR_ROOT = 64
 #: Seconds for which a caller may owe the rest of a message or leave replies unread.
 STALL_SECONDS = 10.0
 _ACCEPTS_PER_TURN = 16
@@ -75,10 +79,14 @@ error ExpectedMore ()
 
 
 class ControlServer:
-    """Serves the socket at *path* (made here, mode 0600, its directory too where it is missing).
+    """Serves the socket at *path* (made here, and its directory where it is missing).
 
     Raise KsmdError when a live daemon answers there already; a socket left behind by a dead one is
-    replaced. *on_close* is told the ``connection_id`` of every connection that ends.
+    replaced. *mode* and *gid* are the socket's (-1: whatever group it gets). *inherited* is a
+    listening socket of the service manager, served in its place, with the mode and group that it
+    has. Whom the mode lets in may call what :mod:`ksmd.daemon.access` allows; a socket that is
+    root's alone serves nobody else, whatever became of its mode. *on_close* is told the
+    ``connection_id`` of every connection that ends.
     """
 
     def __init__(
@@ -87,13 +95,24 @@ class ControlServer:
         dispatch: Dispatch,
         on_close: Callable[[int], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
+        inherited: socket.socket | None = None,
+        mode: int = 0o600,
+        gid: int = -1,
     ) -> None:
-        self.path = Path(path)
+        self.path = Path(inherited.getsockname() if inherited is not None else path)
         self._dispatch = dispatch
         self._closed_hook = on_close
         self._clock = clock
         self._interfaces = {INTERFACE: interface.load(), SERVICE: interface.parse(_SERVICE_TEXT)}
-        self._listener, self._identity = listen(self.path)
+        self._listener: socket.socket
+        self._identity: tuple[int, int] | None = None
+        if inherited is not None:
+            self._listener = inherited
+        else:
+            self._listener, self._identity = listen(self.path)
+            self.permit(mode, gid)
+        self._serves_others = inherited is not None or bool(mode & 0o066)
+        self._quiet = Quiet(log)
         self._reserve: int | None = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
         self._connections: dict[int, Connection] = {}
         self._masks: dict[int, int] = {}  # by connection id, what the selector waits for
@@ -104,6 +123,19 @@ class ControlServer:
     def __len__(self) -> int:
         """Give the number of open connections."""
         return len(self._connections)
+
+    @property
+    def gid(self) -> int:
+        """Group of the socket."""
+        with contextlib.suppress(OSError):
+            return self.path.stat().st_gid
+        return 0
+
+    def permit(self, mode: int, gid: int) -> None:
+        """Give the socket another mode and group; one that was inherited keeps its own."""
+        if self._identity is not None:
+            permit(self.path, self._identity, mode, gid)
+            self._serves_others = bool(mode & 0o066)
 
     def register(self, selector: selectors.BaseSelector) -> None:
         """Put the listening socket (and later every connection) into *selector*.
@@ -124,7 +156,8 @@ class ControlServer:
         """Drop callers that stall or have left, and accept again after a shortage. Cheap."""
         for connection in list(self._connections.values()):
             if connection.stalled(STALL_SECONDS):
-                log.info("dropping pid %d: it stalled", connection.peer.pid)
+                pid, uid = connection.peer.pid, connection.peer.uid
+                self._quiet.info("stalled", uid, "dropping pid %d: it stalled", pid)
                 connection.close()
         if self._reserve is None:
             with contextlib.suppress(OSError):
@@ -169,22 +202,39 @@ class ControlServer:
 
     def _admit(self, sock: socket.socket) -> None:
         sock.setblocking(False)
-        if peer_of(sock).uid != 0:
+        uid = peer_of(sock).uid
+        if uid != 0 and not self._serves_others:
             hint = "call as root"
             _turn_away(sock, "PermissionDenied", "only root may control ksmd", hint)
             return
-        if len(self._connections) >= MAX_CONNECTIONS:
+        if self._full(uid):
             self.expire()
-        if len(self._connections) >= MAX_CONNECTIONS:
-            message = f"ksmd serves {MAX_CONNECTIONS} connections already"
+        if message := self._full(uid):
+            self._quiet.info("too many connections", uid, "turned away: %s", message)
             _turn_away(sock, "TooManyConnections", message, "close some, then try again")
             return
         self._count += 1
         connection = Connection(
-            self._count, sock, self._begin, self._watch, self._forget, self._clock
+            self._count, sock, self._begin, self._watch, self._forget, self._clock, self._quiet
         )
         self._connections[connection.id] = connection
         self._watch(connection)
+
+    def _full(self, uid: int) -> str:
+        """Say why there is no room for another connection of *uid*, "" when there is.
+
+        Users cannot take each other's room, nor all of them together root's.
+        """
+        if len(self._connections) >= MAX_CONNECTIONS:
+            return f"ksmd serves {MAX_CONNECTIONS} connections already"
+        if uid == 0:
+            return ""
+        others = [c.peer.uid for c in self._connections.values() if c.peer.uid != 0]
+        if others.count(uid) >= MAX_PER_USER:
+            return f"ksmd serves {MAX_PER_USER} connections of user {uid} already"
+        if len(others) >= MAX_CONNECTIONS - KEPT_FOR_ROOT:
+            return "ksmd serves as many connections of users as it can"
+        return ""
 
     def _shortage(self, error: OSError) -> None:
         """Out of file descriptors: spend the one in reserve to turn one caller away.
@@ -238,6 +288,9 @@ class ControlServer:
         try:
             result = self._answer(call)
         except CallError as error:
+            what = f"{call.method} {error.name}" if call.peer.uid else ""
+            if what:
+                self._quiet.info(what, call.peer.uid, "refused pid %d: %s", call.peer.pid, what)
             call.error(error.name, **error.parameters)
         except TargetGoneError as error:
             call.error("TargetGone", message=str(error), hint=error.hint)
@@ -261,6 +314,8 @@ class ControlServer:
             raise CallError(f"{SERVICE}.InterfaceNotFound", interface=name)
         if method not in known.methods:
             raise CallError(f"{SERVICE}.MethodNotFound", method=call.method)
+        if name == INTERFACE:
+            access.check(method, call.peer.uid)
         wrong = known.takes(method, call.parameters)
         if wrong is not None:
             raise CallError(f"{SERVICE}.InvalidParameter", parameter=wrong)

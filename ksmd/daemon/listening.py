@@ -10,14 +10,18 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import grp
 import os
 import socket
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from ksmd.daemon.notify import Inherited
 from ksmd.model.errors import KsmdError, PrivilegeError, UsageError
 
+#: FileDescriptorName= of the control socket in its socket unit.
+CONTROL_NAME = "control"
 _BACKLOG = 128
 
 
@@ -38,12 +42,66 @@ def listen(path: Path) -> tuple[socket.socket, tuple[int, int]]:
         raise KsmdError(f"cannot listen at {path}: {why}", "choose --socket PATH") from error
 
 
-def close_socket(listener: socket.socket, path: Path, identity: tuple[int, int]) -> None:
-    """Close, and remove the path unless another daemon has taken it in the meantime."""
-    with contextlib.suppress(OSError), _locked(path.parent):
+def group_id(name: str) -> int:
+    """Give the number of the group *name*, which may be a number itself."""
+    try:
+        return int(name) if name.isdecimal() else grp.getgrnam(name).gr_gid
+    except KeyError:
+        raise UsageError(
+            f"socket_group: there is no group {name!r}", "make it, or name another"
+        ) from None
+
+
+def permit(path: Path, identity: tuple[int, int] | None, mode: int, gid: int) -> None:
+    """Let others connect: nobody who was not let in before, until all of it is done."""
+    try:
         found = path.lstat()
         if (found.st_dev, found.st_ino) == identity:
-            path.unlink()
+            os.chmod(path, 0o600)  # noqa: PTH101  (beside its like)
+            os.chown(path, -1, gid, follow_symlinks=False)
+            os.chmod(path, mode)  # noqa: PTH101
+    except OSError as error:
+        raise KsmdError(f"{path}: cannot set its group and mode: {error.strerror}") from error
+
+
+def inherited(descriptors: Iterable[Inherited]) -> socket.socket | None:
+    """Take the control socket out of what the service manager gave, if it is there."""
+    fds = [given.fd for given in descriptors if given.name == CONTROL_NAME]
+    if len(fds) > 1:
+        raise UsageError(f"the service manager gave {len(fds)} sockets named {CONTROL_NAME}")
+    return inherit(fds[0]) if fds else None
+
+
+def inherit(fd: int) -> socket.socket:
+    """Take over a listening socket that the service manager made, non-blocking.
+
+    Its path, mode and owner are the socket unit's matter, and the path is never removed by us.
+    """
+    try:
+        listener = socket.socket(fileno=fd)
+        listening = listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    except OSError as error:
+        raise UsageError(f"inherited descriptor {fd} is no socket: {error.strerror}") from error
+    if listener.family != socket.AF_UNIX or listener.type != socket.SOCK_STREAM or not listening:
+        listener.close()
+        raise UsageError(
+            f"inherited descriptor {fd} is no listening Unix stream socket",
+            "the socket unit needs ListenStream= with a path",
+        )
+    listener.setblocking(False)
+    return listener
+
+
+def close_socket(listener: socket.socket, path: Path, identity: tuple[int, int] | None) -> None:
+    """Close, and remove the path unless another daemon has taken it in the meantime.
+
+    *identity* is None for a path that is not ours to remove.
+    """
+    if identity is not None:
+        with contextlib.suppress(OSError), _locked(path.parent):
+            found = path.lstat()
+            if (found.st_dev, found.st_ino) == identity:
+                path.unlink()
     listener.close()
 
 

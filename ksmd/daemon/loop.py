@@ -2,6 +2,7 @@
 
 Work is a generator (:mod:`ksmd.daemon.pipeline`). What somebody asked for (scan, unmerge) runs as a
 job, one after the other, and takes the place of the background scan, which starts anew afterwards.
+What programs asked for takes turns with all of that (:mod:`ksmd.daemon.turns`).
 Nothing here blocks for longer than one step: reading some ten thousand pages, or one stop window.
 """
 
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ksmd.daemon.control import ControlServer
+from ksmd.daemon.turns import Turns
 from ksmd.model.errors import KsmdError
 
 log = logging.getLogger(__name__)
@@ -45,6 +47,9 @@ class Job:
 class Loop:
     """Runs until :meth:`stop`. *background* makes the endless scan; *housekeep* runs every second.
 
+    It runs between steps only: a step that hangs keeps it from running, and so from feeding the
+    service manager's watchdog.
+
     *background* yields floats; a pass that is complete is told by *pass_done*, which gives the
     pause before the next one.
     """
@@ -65,6 +70,7 @@ class Loop:
         self._due = 0.0
         self._next_housekeeping = 0.0
         self._stopping = False
+        self.turns = Turns()
         self.selector = selectors.DefaultSelector()
         self._server: ControlServer | None = None
         self._wake, self._woken = socket.socketpair()
@@ -92,6 +98,7 @@ class Loop:
         """Answer every job that runs or waits with *why*."""
         while self._jobs:
             self._jobs.popleft().on_error(why)
+        self.turns.give_up(why)
 
     def hurry(self) -> None:
         """Start the next background scan now."""
@@ -110,18 +117,17 @@ class Loop:
         """Run until stopped."""
         while not self._stopping:
             self._events(self._timeout())
+            self._keep_house()
             now = time.monotonic()
-            if now >= self._next_housekeeping:
-                self._next_housekeeping = now + _HOUSEKEEPING_SECS
-                self._housekeep()
-                if self._server is not None:
-                    self._server.expire()
             if not self._stopping and now >= self._due:
                 self._due = now + self._step()
+            if not self._stopping:
+                self.turns.step()
 
     def drain(self) -> None:
         """Run the jobs that wait to their end, without events: for the way out."""
         while self._jobs:
+            self._keep_house()
             time.sleep(self._job_step())
 
     def close(self) -> None:
@@ -131,8 +137,16 @@ class Loop:
         self._wake.close()
         self._woken.close()
 
+    def _keep_house(self) -> None:
+        now = time.monotonic()
+        if now >= self._next_housekeeping:
+            self._next_housekeeping = now + _HOUSEKEEPING_SECS
+            self._housekeep()
+            if self._server is not None:
+                self._server.expire()
+
     def _timeout(self) -> float:
-        wait = min(self._due, self._next_housekeeping) - time.monotonic()
+        wait = min(self._due, self._next_housekeeping, self.turns.due()) - time.monotonic()
         return max(0.0, wait)
 
     def _events(self, timeout: float) -> None:

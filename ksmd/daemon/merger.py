@@ -20,7 +20,10 @@ from numpy.typing import NDArray
 from ksmd.core.digest import HEAD_SIZE
 from ksmd.core.focus import focus
 from ksmd.core.planner import make_plan
+from ksmd.core.scope import Scope, within
+from ksmd.core.spans import Spans
 from ksmd.core.windows import cut_huge_blocks, cut_into_windows
+from ksmd.daemon.journal import fields
 from ksmd.daemon.prepare import prepare
 from ksmd.daemon.state import PASSING, Domain, Target
 from ksmd.daemon.targets import Targets
@@ -29,7 +32,7 @@ from ksmd.kernel import risks, thp
 from ksmd.model.errors import KsmdError, TargetGoneError
 from ksmd.model.plan import Plan
 from ksmd.model.refusal import Reason
-from ksmd.model.units import HUGE_PAGE_SIZE, PAGE_SHIFT
+from ksmd.model.units import HUGE_PAGE_PAGES, HUGE_PAGE_SIZE, PAGE_SHIFT
 from ksmd.model.window import Op, Record, WindowRequest, WindowResult
 from ksmd.remap.engine import Engine
 from ksmd.remap.store import Extent
@@ -38,6 +41,8 @@ from ksmd.settings import Settings
 log = logging.getLogger(__name__)
 
 
+#: VmFlags of merged memory, given since, that a mapping made anew would lose: locked, and the like.
+_NEVER_AGAIN = frozenset({"lo", "lf", "dc", "dd"})
 #: Refusals that have to do with the moment of the stop, and how often an asked window tries again.
 _MOMENTARY = frozenset({Reason.UNSTOPPABLE, Reason.NO_THREAD, Reason.STALE_STUB})
 _RETRIES = 3
@@ -45,14 +50,19 @@ _RETRIES = 3
 
 @dataclass(slots=True)
 class MergeResult:
-    """What one merge pass did, in pages; ``postponed``: windows that a later pass should retry."""
+    """What one merge pass did, in pages; ``postponed``: windows that a later pass should retry.
+
+    ``new``: pages by which the store grew; ``per_slot``: what :attr:`changed` is of each target.
+    """
 
     merged: int = 0
     zeroed: int = 0
     remerged: int = 0
     windows: int = 0
     postponed: int = 0
+    new: int = 0
     refused: Counter[Reason] = field(default_factory=Counter)
+    per_slot: Counter[int] = field(default_factory=Counter)
 
     @property
     def changed(self) -> int:
@@ -60,8 +70,12 @@ class MergeResult:
         return self.merged + self.zeroed + self.remerged
 
 
+#: Whose stops need no pauses because somebody waits: everybody's, nobody's, or these slots'.
+Asked = bool | frozenset[int]
+
+
 class Merger:
-    """Plans and carries out merges. ``asked``: somebody waits, so stops need no pauses."""
+    """Plans and carries out merges."""
 
     def __init__(self, targets: Targets, engine: Engine, pager: Pager) -> None:
         self._targets = targets
@@ -73,15 +87,24 @@ class Merger:
     def _settings(self) -> Settings:
         return self._targets.settings
 
+    def reserve(self, number: int) -> None:
+        """Use no extent number up to *number*: an earlier daemon did."""
+        self._next_extent = max(self._next_extent, number + 1)
+
     # -- planning ---------------------------------------------------------------------------
 
-    def plan(self, domain: Domain, asked: bool) -> Plan:
-        """Plan one domain. Nothing is changed; the plan's extents have numbers but no memory."""
+    def plan(self, domain: Domain, asked: Asked, scope: Scope | None = None) -> Plan:
+        """Plan one domain, or what *scope* covers of it.
+
+        Nothing is changed; the plan's extents have numbers but no memory.
+        """
         checksums, pages = domain.store.pages()
         zero = domain.checksummer.zero
         members = domain.tables.duplicates(checksums, zero)
         ready = {target.slot for target in self._of(domain) if self._may_stop(target, asked)}
         members = focus(members, ready, 0 if asked else self._settings.window.max_pages)
+        if scope is not None:
+            members = within(members, scope, checksums, zero)
         return make_plan(
             members,
             store_checksums=checksums,
@@ -94,9 +117,9 @@ class Merger:
     def _of(self, domain: Domain) -> list[Target]:
         return [t for t in self._targets if t.selected.domain == domain.name]
 
-    def _may_stop(self, target: Target, asked: bool) -> bool:
+    def _may_stop(self, target: Target, asked: Asked) -> bool:
         interval = self._settings.window.interval_secs
-        return target.may_stop(time.monotonic(), interval, asked)
+        return target.may_stop(time.monotonic(), interval, _is_asked(target, asked))
 
     def _vma_room(self, target: Target) -> int:
         """VMAs that the target may still get: a share of what the program itself leaves free."""
@@ -104,6 +127,15 @@ class Merger:
         return max(0, share - target.vmas)
 
     # -- carrying out -------------------------------------------------------------------------
+
+    def merge_scope(
+        self, domain: Domain, asked: Asked, scope: Scope, result: MergeResult
+    ) -> Iterator[MergeResult]:
+        """Plan and carry out what *scope* covers of one domain, as :meth:`merge_pass` does."""
+        plan = self.plan(domain, asked, scope)
+        result.refused.update(plan.refused)
+        yield from self._carry_out(domain, plan, asked, result)
+        yield result
 
     def merge_pass(self, asked: bool, result: MergeResult) -> Iterator[MergeResult]:
         """Plan every domain and carry the plans out; adds to *result*, gives it after each step."""
@@ -114,21 +146,34 @@ class Merger:
         yield result
 
     def _carry_out(
-        self, domain: Domain, plan: Plan, asked: bool, result: MergeResult
+        self, domain: Domain, plan: Plan, asked: Asked, result: MergeResult
     ) -> Iterator[MergeResult]:
         self._next_extent += len(plan.extents)
-        yield from self._fill(domain, plan, result)
+        self._targets.plans_begun += 1
+        self._targets.plans_under_way += 1
+        try:
+            yield from self._fill(domain, plan, result)
+            yield from self._open_windows(domain, plan, asked, result)
+        finally:
+            self._targets.plans_under_way -= 1
+
+    def _open_windows(
+        self, domain: Domain, plan: Plan, asked: Asked, result: MergeResult
+    ) -> Iterator[MergeResult]:
         window = self._settings.window
         for target in self._of(domain):
             runs = plan.merges[plan.merges["target"] == target.slot]
             zeros = plan.zeros[plan.zeros["target"] == target.slot]
             phases = {number: extent.phase for number, extent in domain.store.extents.items()}
+            areas = target.areas
             batches = cut_into_windows(
-                runs, zeros, target.areas, phases, window.max_runs, window.max_pages
+                runs, zeros, areas, phases, window.max_runs, window.max_pages
             )
             for extent, records in batches:
                 if target.slot not in self._targets.by_slot or not self._may_stop(target, asked):
                     break
+                if target.areas is not areas:
+                    break  # read anew meanwhile: a range may have been taken back by its program
                 if extent and extent not in domain.store.extents:
                     continue
                 self._window(domain, target, extent, records, asked, result)
@@ -139,8 +184,9 @@ class Merger:
         for planned in plan.extents:
             try:
                 domain.store.create(planned, self._copy)
+                result.new += planned.npages
             except KsmdError as error:
-                log.warning("domain %s: %s", domain.name, error)
+                log.warning("domain %s: %s", domain.name, error, extra=fields(domain=domain.name))
                 result.refused[Reason.STORE_FULL] += planned.npages
             yield result
 
@@ -160,25 +206,25 @@ class Merger:
         target: Target,
         extent_number: int,
         records: list[Record],
-        asked: bool,
+        asked: Asked,
         result: MergeResult,
     ) -> None:
         """Confirm a batch of records by digest, then open one stop window for what is left."""
         extent = domain.store.extents.get(extent_number)
         try:
+            if extent is not None:
+                records = self._confirmed(domain, target, extent, records, result)
+            if not records:  # two contents of one checksum: no reason to stop anybody
+                return
             if not self._ready(target, asked):
                 result.postponed += target.refused in _MOMENTARY
                 return
-            if extent is not None:
-                records = self._confirmed(domain, target, extent, records, result)
             _split_huge_pages(target, records)
         except TargetGoneError:
             self._targets.drop(target)
             return
-        if not records:
-            return
         done = self.open(target, records, extent)
-        for _ in range(_RETRIES if asked else 0):
+        for _ in range(_RETRIES if _is_asked(target, asked) else 0):
             if done.refused not in _MOMENTARY:
                 break
             done = self.open(target, records, extent)
@@ -186,9 +232,9 @@ class Merger:
         result.postponed += done.refused in _MOMENTARY
         self._account(domain, target, done, result)
 
-    def _ready(self, target: Target, asked: bool) -> bool:
+    def _ready(self, target: Target, asked: Asked) -> bool:
         """Make the target's contexts where it has none yet."""
-        for _ in range(1 + (_RETRIES if asked else 0)):
+        for _ in range(1 + (_RETRIES if _is_asked(target, asked) else 0)):
             if target.contexts is None:
                 prepare(target, self._engine, self._pager, self._settings.window.deadline_ms)
             if target.contexts is not None or target.refused not in _MOMENTARY:
@@ -253,22 +299,35 @@ class Merger:
             accept_seccomp_risk=target.selected.accept_seccomp_risk,
         )
         ranges = [(r.start, r.start + r.length) for r in records if r.op is not Op.ZERO]
+        left_over = target.slot in self._pager.unsettled
         self._pager.extend(target.slot, ranges)
-        try:
-            done = self._engine.window(
-                request,
-                target.contexts,
-                extent.map.fd_ro if extent is not None else -1,
-                huge=extent is not None and extent.huge,
-            )
-        finally:
+        done = self._engine.window(
+            request,
+            target.contexts,
+            extent.map.fd_ro if extent is not None else -1,
+            huge=extent is not None and extent.huge,
+        )
+        # what a window left whose tracer died is settled by the next one that finds no stub at work
+        if done.refused is None:
+            self._pager.settle_all(target.slot)
+        elif not (done.lost or left_over):
             self._pager.settle(target.slot, ranges)
         now = time.monotonic()
         target.last_window = now
         if done.refused is Reason.GONE:
             self._targets.drop(target)
         elif done.refused is not None:
-            log.info("pid %d refused: %s %s", target.pid, done.refused, done.detail)
+            log.info(
+                "pid %d refused: %s %s",
+                target.pid,
+                done.refused,
+                done.detail,
+                extra=fields(
+                    target_pid=target.pid,
+                    domain=target.selected.domain,
+                    reason=str(done.refused),
+                ),
+            )
             target.refuse(done.refused, done.detail, now)
         else:
             target.accepted()
@@ -288,6 +347,7 @@ class Merger:
                 result.refused[outcome.reason] += npages
                 continue
             gone.append(np.arange(first, first + npages, dtype=np.uint64))
+            result.per_slot[target.slot] += npages
             if record.op is Op.ZERO:
                 target.zeros.add(first, first + npages)
                 result.zeroed += npages
@@ -296,7 +356,9 @@ class Merger:
             else:
                 result.remerged += npages
         if gone and target.slot in self._targets.by_slot:
-            domain.tables.forget_pages(target.slot, np.concatenate(gone))
+            pages = np.concatenate(gone)
+            domain.tables.forget_pages(target.slot, pages)
+            self._targets.tell("merged", target, len(pages))
 
     # -- pages that were written and are equal again -----------------------------------------
 
@@ -312,8 +374,11 @@ class Merger:
                 self._targets.drop(target)
                 continue
             for extent_number, records in found.items():
+                extent = domain.store.extents.get(extent_number)
+                if extent is None or target.contexts is None:
+                    break  # given back meanwhile
                 window = records[: self._settings.window.max_runs]
-                done = self.open(target, window, domain.store.extents[extent_number])
+                done = self.open(target, window, extent)
                 result.windows += 1
                 self._account(domain, target, done, result)
                 yield result
@@ -322,9 +387,10 @@ class Merger:
 
     def _equal_again(self, domain: Domain, target: Target) -> dict[int, list[Record]]:
         found: dict[int, list[Record]] = defaultdict(list)
+        self._targets.read_mappings(target, flags=True)
         for mapping in target.mappings:
             vma, extent = mapping.vma, mapping.extent
-            if extent.number not in domain.store.extents:
+            if extent.number not in domain.store.extents or vma.flags & _NEVER_AGAIN:
                 continue
             _, broken = target.pagemap.still_shared(vma.start, vma.end)
             for page in broken[target.pagemap.exclusive_of(broken)].tolist():
@@ -351,12 +417,20 @@ class Merger:
         target.contexts = None
 
 
+def _is_asked(target: Target, asked: Asked) -> bool:
+    return asked if isinstance(asked, bool) else target.slot in asked
+
+
 def _split_huge_pages(target: Target, records: Sequence[Record]) -> None:
     """Split, before the stop, the huge pages of which only a part is merged."""
-    huge = [
-        block
-        for block in cut_huge_blocks(records)
-        if target.pagemap.present(block, block + HUGE_PAGE_SIZE, 1).huge.any()
-    ]
+    blocks = cut_huge_blocks(records)
+    spans = Spans(
+        (block >> PAGE_SHIFT, (block >> PAGE_SHIFT) + HUGE_PAGE_PAGES) for block in blocks
+    )
+    huge: set[int] = set()
+    for start, end in spans.groups():
+        present = target.pagemap.present(start << PAGE_SHIFT, end << PAGE_SHIFT, 0)
+        huge.update((present.pages[present.huge] // HUGE_PAGE_PAGES * HUGE_PAGE_SIZE).tolist())
+    huge.intersection_update(blocks)
     if huge:
-        thp.split_in(target.pid, huge)
+        thp.split_in(target.pid, sorted(huge))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from ksmd.core.ledger import Ledger
 from ksmd.daemon.accounting import Accounting
+from ksmd.daemon.exclusive import Exclusive
 from ksmd.daemon.merger import Merger, MergeResult
 from ksmd.daemon.scanner import Scanner, ScanResult
 from ksmd.daemon.targets import Targets
@@ -33,8 +34,9 @@ class PassResult:
 
     @property
     def settled(self) -> bool:
-        """Nothing merged and no page was new: another pass would do no more."""
-        return not (self.merge.changed or self.merge.postponed or self.scan.new)
+        """Nothing merged, no page was new, nobody left: another pass would do no more."""
+        scan, merge = self.scan, self.merge
+        return not (merge.changed or merge.postponed or scan.new or scan.gone)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,7 @@ class Pipeline:
         self.unmerger = Unmerger(targets, self.merger, self.accounting, engine, pager)
         self.last: PassResult | None = None
         self.volatile = 0
+        self.merging = Exclusive()
 
     @property
     def _settings(self) -> Settings:
@@ -83,16 +86,18 @@ class Pipeline:
     def _merge(self, asked: bool, pause: float, merge: MergeResult) -> Iterator[float]:
         limit = self._settings.scan.max_pages_to_merge
         done = 0
-        for _ in self.merger.merge_pass(asked, merge):
-            if merge.changed - done >= limit:
+        for step in self.merging.holding(self.merger.merge_pass(asked, merge)):
+            if isinstance(step, float):
+                yield step
+            elif merge.changed - done >= limit:
                 done = merge.changed
                 yield pause
             else:
                 yield 0.0
         yield from self._recount()
         before = merge.windows
-        for _ in self.merger.remerge_pass(asked, merge):
-            yield 0.0
+        for step in self.merging.holding(self.merger.remerge_pass(asked, merge)):
+            yield step if isinstance(step, float) else 0.0
         if merge.windows != before:
             yield from self._recount()
 
@@ -113,4 +118,6 @@ class Pipeline:
             # a target that can never be stopped must not keep the caller waiting for ever
             idle = 0 if self.last.merge.changed or self.last.scan.new else idle + 1
             settled = self.last.settled or idle >= _IDLE_PASSES
+            # what had changed before this call may stand still now
+            settled = settled and (passes > 1 or not self.last.scan.volatile)
             yield AskedResult(scanned, merged, settled, passes)

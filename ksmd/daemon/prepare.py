@@ -7,6 +7,8 @@ import os
 import time
 
 from ksmd.core import seccomp
+from ksmd.daemon.bequest import TargetLabel
+from ksmd.daemon.journal import fields
 from ksmd.daemon.state import Target
 from ksmd.guard.client import Pager
 from ksmd.kernel import procfs, risks
@@ -29,11 +31,22 @@ def prepare(target: Target, engine: Engine, pager: Pager, deadline_ms: float) ->
     except RefusedTargetError as error:
         if error.reason is Reason.GONE:
             raise TargetGoneError(f"process {target.pid} is gone") from None
-        log.info("pid %d refused: %s %s", target.pid, error.reason, error.detail)
+        log.info(
+            "pid %d refused: %s %s",
+            target.pid,
+            error.reason,
+            error.detail,
+            extra=fields(
+                target_pid=target.pid,
+                domain=target.selected.domain,
+                reason=str(error.reason),
+            ),
+        )
         target.refuse(error.reason, error.detail, time.monotonic())
         return
     try:
-        pager.guard(target.slot, contexts.guard)
+        label = TargetLabel.of(target.selected).as_json()
+        pager.guard(target.slot, contexts.guard, track=contexts.track, about=label)
         bits = risks.coredump_filter(target.pid)
         risks.set_coredump_filter(target.pid, bits | _DUMP_FILE_PRIVATE)
     except KsmdError as error:

@@ -63,6 +63,11 @@ def status(pipeline: Pipeline, paused: bool, pids: Iterable[int]) -> Status:
     )
 
 
+def targets(pipeline: Pipeline) -> list[dict[str, Any]]:
+    """Every target's line, as JSON has it."""
+    return [asdict(target_status(pipeline, target)) for target in pipeline.targets]
+
+
 def own_memory(pids: Iterable[int]) -> int:
     """Resident bytes of our processes without the store, which is counted by pages."""
     total = 0

@@ -9,19 +9,24 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import groupby
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ksmd.core.cursor import Cursor, Piece
+from ksmd.core.spans import NEAR_PAGES, Spans
 from ksmd.daemon.state import Domain, Target
 from ksmd.daemon.targets import Targets
+from ksmd.kernel.pagemap import exclusive, is_present
 from ksmd.model.errors import TargetGoneError
 from ksmd.model.refusal import Reason
 from ksmd.model.tables import Seen
-from ksmd.model.units import PAGE_SHIFT, PAGE_SIZE
+from ksmd.model.units import PAGE_SHIFT
 
 _PIECE_BYTES = 1 << 30
+#: Pages that enter the tables at once: fewer, and the tables' fixed costs show.
+_STEP_PAGES = 1 << 14
 
 Pages = NDArray[np.uint64]
 
@@ -33,6 +38,7 @@ class ScanResult:
     scanned: int = 0
     new: int = 0
     volatile: int = 0
+    gone: int = 0  # targets: a process that called execve may be one again in the next pass
     refused: Counter[Reason] = field(default_factory=Counter)
 
 
@@ -44,68 +50,103 @@ class Scanner:
         self.cursor = Cursor()
         self._seqnr = 0
 
+    @property
+    def seqnr(self) -> int:
+        """Number of the full scan that is under way, or was the last."""
+        return self._seqnr
+
+    def visit(self, target: Target, piece: Piece, budget: int, result: ScanResult) -> int:
+        """Scan up to *budget* pages of a piece out of turn: the address to go on from.
+
+        Whatever full scan is under way takes them for its own.
+        """
+        span = piece.start >> PAGE_SHIFT, piece.end >> PAGE_SHIFT
+        return self._step(target, Spans([span]), span, budget, self._seqnr, result) << PAGE_SHIFT
+
     def full_scan(self, pages_to_scan: int, result: ScanResult) -> Iterator[None]:
         """Scan everything once, adding to *result*; yields after every *pages_to_scan* pages."""
         self._seqnr += 1  # not the cursor's: a scan that was given up has used a number too
         seqnr = self._seqnr
         self.cursor.begin({target.slot: target.areas for target in self._targets})
         budget = pages_to_scan
-        while (piece := self.cursor.next_piece(_PIECE_BYTES)) is not None:
-            at = piece.start
-            while at < piece.end:
-                target = self._targets.by_slot.get(piece.slot)
-                if target is None:
-                    self.cursor.forget(piece.slot)
-                    break
-                before = result.scanned
-                at = self._step(target, Piece(piece.slot, at, piece.end), budget, seqnr, result)
-                budget -= result.scanned - before
-                if budget <= 0:
-                    yield
-                    budget = pages_to_scan
+        pieces = iter(lambda: self.cursor.next_piece(_PIECE_BYTES), None)
+        for slot, group in groupby(pieces, lambda piece: piece.slot):
+            areas = Spans((piece.start >> PAGE_SHIFT, piece.end >> PAGE_SHIFT) for piece in group)
+            for at, end in areas.groups():
+                while at < end:
+                    target = self._targets.by_slot.get(slot)
+                    if target is None:
+                        self.cursor.forget(slot)
+                        break
+                    before = result.scanned
+                    at = self._step(target, areas, (at, end), budget, seqnr, result)  # noqa: PLW2901
+                    budget -= result.scanned - before
+                    if budget <= 0:
+                        yield
+                        budget = pages_to_scan
         for target in self._targets:
             self._targets.tables(target).finish(target.slot, seqnr)
         yield
 
     def _step(
-        self, target: Target, piece: Piece, budget: int, seqnr: int, result: ScanResult
+        self,
+        target: Target,
+        areas: Spans,
+        span: tuple[int, int],
+        budget: int,
+        seqnr: int,
+        result: ScanResult,
     ) -> int:
-        """Scan up to *budget* pages of a piece: the address to go on from."""
+        """Scan up to *budget* pages of the *areas* in *span*: the page to go on from.
+
+        What lies between areas is looked at in passing, and neither read nor counted.
+        """
         domain = self._targets.domain(target)
-        limit = min(budget, domain.checksummer.npages)
+        at, end = span
         try:
-            present = target.pagemap.present(piece.start, piece.end, limit)
-            exclusive = target.pagemap.exclusive_of(present.pages)
-            pages = present.pages[exclusive]
-            result.refused[Reason.FORK_SHARED] += len(present.pages) - len(pages)
+            present = target.pagemap.present(
+                at << PAGE_SHIFT, end << PAGE_SHIFT, min(budget, _STEP_PAGES)
+            )
+            found = present.pages[areas.find(present.pages)[1]]
+            pages = found[_exclusive(target, found)]
+            result.refused[Reason.FORK_SHARED] += len(found) - len(pages)
             pages, checksums = _read(domain, target, pages)
         except TargetGoneError:
+            result.gone += 1
             self._targets.drop(target)
-            self.cursor.forget(piece.slot)
-            return piece.end
-        walk_end = max(present.walk_end, piece.start + PAGE_SIZE)
-        seen = domain.tables.observe(
-            target.slot,
-            piece.start >> PAGE_SHIFT,
-            walk_end >> PAGE_SHIFT,
-            pages,
-            checksums,
-            seqnr,
-        )
+            self.cursor.forget(target.slot)
+            return end
+        walk_end = max(present.walk_end >> PAGE_SHIFT, at + 1)
+        seen = domain.tables.observe(target.slot, at, walk_end, pages, checksums, seqnr)
         counts = np.bincount(seen, minlength=len(Seen))
-        result.scanned += len(present.pages)
+        result.scanned += len(found)
         result.new += int(counts[Seen.NEW])
         result.volatile += int(counts[Seen.VOLATILE])
         result.refused[Reason.TABLE_FULL] += int(counts[Seen.TABLE_FULL])
         return walk_end
 
 
-def stretches(pages: Pages) -> Iterator[tuple[int, int]]:
-    """Cut ascending page numbers into (first index, end index) of neighbouring pages."""
+def stretches(pages: Pages, near: int = 1) -> Iterator[tuple[int, int]]:
+    """Cut ascending page numbers into (first index, end index) of neighbouring pages.
+
+    Pages up to *near* apart count as neighbours.
+    """
     if not len(pages):
         return
-    cuts = (np.flatnonzero(np.diff(pages) != 1) + 1).tolist()
+    cuts = (np.flatnonzero(np.diff(pages) > near) + 1).tolist()
     yield from zip([0, *cuts], [*cuts, len(pages)], strict=True)
+
+
+def _exclusive(target: Target, pages: Pages) -> NDArray[np.bool_]:
+    """Do as PageMap.exclusive_of, with one read for all pages that lie close together."""
+    result = np.zeros(len(pages), np.bool_)
+    for first, end in stretches(pages, NEAR_PAGES):
+        chunk = pages[first:end]
+        start = int(chunk[0])
+        entries = target.pagemap.entries(start, int(chunk[-1]) - start + 1)
+        entries = entries[(chunk - chunk[0]).astype(np.intp)]
+        result[first:end] = exclusive(entries) & is_present(entries)
+    return result
 
 
 def _read(domain: Domain, target: Target, pages: Pages) -> tuple[Pages, NDArray[np.uint32]]:

@@ -7,60 +7,103 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from ksmd.daemon import report
+from ksmd.daemon import listening, report
+from ksmd.daemon.access import denied
+from ksmd.daemon.adopt import Adoption, find_pager
 from ksmd.daemon.connection import Call, CallError
 from ksmd.daemon.control import ControlServer
 from ksmd.daemon.loop import Job, Loop, watch_pid
+from ksmd.daemon.notify import Manager
 from ksmd.daemon.pipeline import AskedResult, Pipeline
+from ksmd.daemon.programs import Programs
 from ksmd.daemon.targets import Targets
+from ksmd.daemon.tuning import ThreadInfo, Tuning
+from ksmd.daemon.unguarded import Rescue
 from ksmd.daemon.unmerger import UnmergeResult
 from ksmd.guard import selftest
 from ksmd.guard.client import Pager
+from ksmd.kernel import capabilities
 from ksmd.kernel.features import probe
 from ksmd.kernel.iouring import PinRing
 from ksmd.model.errors import KernelFeatureError, KsmdError, PrivilegeError
 from ksmd.model.features import Feature
 from ksmd.model.refusal import Reason
 from ksmd.remap.engine import Engine
-from ksmd.settings import Settings, changed, load
+from ksmd.settings import Loaded, Settings, changed, read
 
 log = logging.getLogger(__name__)
 
+#: What the service manager is asked for, again and again while targets get their memory back.
+_LEAVING_SECS = 60.0
 _SIGNALS = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 
 
 class Service:
     """One running daemon. KernelFeatureError or PrivilegeError where it could not be safe."""
 
-    def __init__(self, settings: Settings, config: Path | None, socket: Path) -> None:
+    def __init__(
+        self,
+        loaded: Loaded,
+        config: Path | None,
+        socket: Path,
+        manager: Manager | None = None,
+    ) -> None:
+        settings = loaded.settings
+        self._tuning = Tuning(settings, loaded.sources)
+        self.manager = manager or Manager()
         self._config = config
         self._paused = False
         self._leaving = False
         # before the first child process, so that a second daemon disturbs nothing
-        self.server = ControlServer(socket, self.dispatch)
+        self.server = ControlServer(
+            socket,
+            self.dispatch,
+            self._closed,
+            inherited=listening.inherited(self.manager.inherited),
+            mode=int(settings.socket_mode, 8),
+            gid=listening.group_id(settings.socket_group),
+        )
         try:
             self.features = require_features()
-            self._pager = Pager()
+            name = str(self.server.path.absolute())
+            adopted = find_pager(name)
+            self._pager = adopted or Pager(name)
             self._engine = Engine()
             self._start_helpers()
         except BaseException:
             self.server.close()
             raise
         pages = psutil.virtual_memory().available // 4096
-        targets = Targets(settings, settings.resolved_tables(pages), PinRing(), self._pager)
+        ring = PinRing()
+        targets = Targets(settings, settings.resolved_tables(pages), ring, self._pager)
         targets.ours |= {self._pager.pid, self._engine.pid}
         self.pipeline = Pipeline(targets, self._engine, self._pager)
         self.loop = Loop(self._background, self._may_scan, self._housekeep, self._on_signal)
+        self.programs = Programs(self.pipeline, self.loop.turns, self.loop.selector)
         self.loop.serve(self.server)
         self._watch_pager()
+        if adopted is not None:
+            adoption = Adoption(self.pipeline, self._engine, self._pager, ring)
+            adoption.restore()
+            self._do("adopt", adoption.steps())
+        self._rescue()
+
+    def _do(self, name: str, steps: Iterator[float]) -> None:
+        self.loop.add(Job(name, steps, lambda _: None, _nothing, _fail(None)))
+
+    def _rescue(self) -> None:
+        """Look for processes whose guard fell, and unmerge them."""
+        self._do("rescue", Rescue(self.pipeline.targets, self._engine).steps())
 
     def _start_helpers(self) -> None:
-        self._pager.start()
+        if not self._pager.alive():
+            self._pager.start()
         for failed in self._pager.failed:
             log.warning("the pager %s", failed)
         self._engine.start()
@@ -71,7 +114,9 @@ class Service:
         """Serve until told to stop; then unmerge, if the settings say so."""
         self.loop.catch_signals(_SIGNALS)
         log.info("ready on %s", self.server.path)
+        self.manager.ready()
         self.loop.run()
+        self.manager.stopping()
         try:
             return self._leave()
         finally:
@@ -119,15 +164,27 @@ class Service:
         self._pager.restart()
         self.pipeline.targets.ours.add(self._pager.pid)
         self._watch_pager()
+        self._rescue()  # a child of whom it had not told us yet
 
     def _may_scan(self) -> bool:
-        return not self._paused and self._settings.run == "merge" and bool(self._settings.targets)
+        something = self._settings.targets or len(self.programs.registry)
+        return not self._paused and self._settings.run == "merge" and bool(something)
 
     def _background(self) -> Iterator[float]:
         yield from self.pipeline.full_pass(asked=False)
 
     def _housekeep(self) -> None:
         self._pager.pump()
+        if self.manager.present:
+            self._tell_manager()
+
+    def _tell_manager(self) -> None:
+        """Show the savings, and a sign of life: this runs only when a step has ended."""
+        summary = report.summary(self.pipeline, self._paused)
+        self.manager.status(f"stopping, {summary}" if self._leaving else summary)
+        self.manager.alive()
+        if self._leaving:
+            self.manager.extend(_LEAVING_SECS)
 
     # -- signals ------------------------------------------------------------------------------
 
@@ -147,16 +204,21 @@ class Service:
                 self.loop.stop()
 
     def _try_reload(self) -> None:
+        self.manager.reloading()
         try:
             self._reload()
         except KsmdError as error:
             log.error("the old settings stay: %s", error)
+        self.manager.ready()
 
     def _reload(self) -> None:
         if self._config is None:
             raise KsmdError("ksmd was started without --config, there is nothing to read again")
-        old, new = self._settings, load(self._config)
+        old, loaded = self._settings, read(self._config)
+        new = loaded.settings
         differences = changed(old, new)
+        self.server.permit(int(new.socket_mode, 8), listening.group_id(new.socket_group))
+        self._tuning.reload(new, loaded.sources)
         self.pipeline.targets.settings = new
         log.info("settings read again: %s", ", ".join(differences) or "nothing changed")
         if new.run == "unmerge" and old.run != "unmerge":
@@ -169,17 +231,20 @@ class Service:
         self, method: str, parameters: dict[str, Any], call: Call
     ) -> dict[str, Any] | None:
         """Answer one call of org.ksmd.Control; None when the answer comes later."""
+        with self.programs.admitted(method, call):
+            return self._dispatch(method, parameters, call)
+
+    def _dispatch(
+        self, method: str, parameters: dict[str, Any], call: Call
+    ) -> dict[str, Any] | None:
         match method:
             case "GetApiVersion":
                 return {"version": 1}
-            case "Status":
-                return self._status()
-            case "Targets":
-                return {"targets": self._status()["targets"]}
-            case "Scan":
-                waits = bool(parameters.get("wait"))
-                self._scan(bool(parameters.get("until_settled")), call if waits else None)
-                return None if waits else {"scanned": 0, "merged": 0, "settled": False, "passes": 0}
+            case "Status" | "Targets":
+                status = self._status() if method == "Status" else {}
+                return status | self._targets_for(call)
+            case "Scan" if parameters.get("scan") is None:
+                return self._scan_all(parameters, call)
             case "Unmerge":
                 return self._unmerge(parameters.get("pid"), call, bool(parameters.get("wait")))
             case "Pause":
@@ -195,13 +260,44 @@ class Service:
                 return {}
             case "Plan":
                 return report.plan(self.pipeline)
+            case "GetInfoThread" | "StartStopThread":
+                if method == "StartStopThread":
+                    self._start_stop(ThreadInfo(**parameters))
+                    return {}
+                return asdict(self._tuning.info(self._paused))
             case "Why":
+                self.programs.check_own(call, parameters["pid"])
                 return self._why(parameters["pid"], parameters.get("address"))
-        raise CallError("org.varlink.service.MethodNotImplemented", method=method)
+        return self.programs.dispatch(method, parameters, call)
+
+    def _scan_all(self, parameters: dict[str, Any], call: Call) -> dict[str, Any] | None:
+        if call.peer.uid != 0:
+            raise denied("only root may scan everything", "CreateScan makes a scanner")
+        waits = bool(parameters.get("wait"))
+        self._scan(bool(parameters.get("until_settled")), call if waits else None)
+        return None if waits else _asked(AskedResult(0, 0, settled=False, passes=0))
+
+    def _start_stop(self, info: ThreadInfo) -> None:
+        """Set what the thread does until the next restart or reload (KSM_START_STOP_KTHREAD)."""
+        self._tuning.start_stop(info)
+        self.pipeline.targets.settings = self._tuning.effective
+        if self._settings.run == "merge":
+            self._resume()
+        elif self._settings.run == "unmerge":
+            self._unmerge(None, None)
+
+    def _closed(self, connection: int) -> None:
+        self.programs.closed(connection)
+
+    def _targets_for(self, call: Call) -> dict[str, Any]:
+        status = report.targets(self.pipeline)
+        return {"targets": self.programs.visible(call, self.server.gid, status)}
 
     def _status(self) -> dict[str, Any]:
         ours = (os.getpid(), self._pager.pid, self._engine.pid)
-        return report.as_dict(report.status(self.pipeline, self._paused, ours))
+        status = report.status(self.pipeline, self._paused, ours)
+        status.sources = self._tuning.sources()
+        return report.as_dict(status)
 
     def _scan(self, until_settled: bool, call: Call | None) -> None:
         last: list[AskedResult] = []
@@ -250,7 +346,7 @@ class Service:
             self._paused = True
         else:
             targets[0].refuse(Reason.RELEASED, "", time.monotonic())
-        steps = self.pipeline.unmerger.unmerge(targets)
+        steps = self.pipeline.merging.holding(self.pipeline.unmerger.unmerge(targets))
         self.loop.add(Job("unmerge", steps, interim, done, _fail(call if wait else None)))
         return None if wait else {"pages": expected}
 
@@ -277,8 +373,10 @@ class Service:
 
 def require_features() -> tuple[Feature, ...]:
     """Probe the kernel and prove the guard; refuse to go on without what is needed."""
-    if os.geteuid() != 0:
-        raise PrivilegeError("ksmd must run as root", "start it with sudo, or as a system service")
+    if absent := capabilities.missing():
+        raise PrivilegeError(
+            f"ksmd lacks {', '.join(absent)}", "start it as root with sudo, or as a system service"
+        )
     features = (*probe(), selftest.run())
     missing = [feature for feature in features if feature.needed and not feature.present]
     if missing:

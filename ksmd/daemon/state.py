@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,6 +47,13 @@ _DIGEST_ENTRY = 32  # bytes; entries that were never used take no memory
 _LONGEST_PAUSE_SECS = 600.0
 
 
+class Tell(Protocol):
+    """Who is told of what happens to a target: the kind of event, pages, and a refusal's name."""
+
+    def __call__(self, kind: str, target: Target, pages: int = 0, reason: str = "") -> None:
+        """Tell it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Mapping:
     """One of our mappings in a target: a VMA, and the extent that it shows."""
@@ -78,6 +86,7 @@ class Target:
     sites: NDArray[np.uint64] = field(default_factory=lambda: np.empty(0, np.uint64))
     broken: int = 0
     cow_breaks: int = 0
+    tell: Tell | None = None
 
     @property
     def id(self) -> TargetId:
@@ -91,6 +100,8 @@ class Target:
 
     def refuse(self, reason: Reason, detail: str, now: float) -> None:
         """Leave the target alone: for good, or with growing pauses where the reason may pass."""
+        if self.tell is not None and self.refused is not reason:
+            self.tell("refused", self, reason=str(reason))
         self.refused, self.detail = reason, detail
         if reason in PASSING:
             self.pause_secs = min(self.pause_secs * 2 or _FIRST_PAUSE_SECS, _LONGEST_PAUSE_SECS)

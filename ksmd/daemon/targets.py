@@ -11,15 +11,18 @@ import contextlib
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 
 from ksmd.core.eligibility import areas
-from ksmd.core.selection import Selected, select
+from ksmd.core.selection import Selected, select, united
 from ksmd.core.tables import PageTables
-from ksmd.daemon.state import Domain, Mapping, Target
+from ksmd.daemon.bequest import ExtentLabel
+from ksmd.daemon.state import Domain, Mapping, Target, Tell
 from ksmd.guard.client import KeptExtent, Pager
 from ksmd.kernel import procfs
 from ksmd.kernel.iouring import PinRing
+from ksmd.kernel.memfd import ExtentMap
 from ksmd.kernel.memory import Memory
 from ksmd.kernel.pagemap import PageMap
 from ksmd.model.errors import KsmdError, PrivilegeError, TargetGoneError
@@ -27,12 +30,15 @@ from ksmd.model.process import ProcessInfo, TargetId
 from ksmd.model.refusal import Reason, Refusal
 from ksmd.model.units import PAGE_SHIFT
 from ksmd.model.vma import Vma
+from ksmd.remap.engine import TargetContexts
 from ksmd.remap.store import Extent
 from ksmd.settings import Settings
 from ksmd.settings.models import TableSizes
 
 #: What maps shows of the store, before the domain's name.
-_STORE_PATH = "/memfd:ksmd-"
+STORE_PATH = "/memfd:ksmd-"
+#: What is registered of one process, or of all (None): one entry for each process.
+Registered = Callable[[TargetId | None], Iterable[Selected]]
 _TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 
 
@@ -45,13 +51,25 @@ class Targets:
         self.by_slot: dict[int, Target] = {}
         self.refusals: list[Refusal] = []
         self.ours: set[int] = {os.getpid()}
+        self.unguarded = 0  # pages of the store that processes map without a guard
         self._sizes = sizes
         self._ring = ring
         self._pager = pager
         self._next_slot = 1
+        #: Plans that are carried out now, and those that ever were begun: what the store has for
+        #: them is in use, whatever was known of the targets' mappings before.
+        self.plans_under_way = 0
+        self.plans_begun = 0
+        #: What callers of the control socket registered, see daemon.registry.
+        self.registered: Registered = _nothing_registered
+        #: Told of what happens to targets, see daemon.events.
+        self.tell: Tell = _tell_nobody
 
     def __iter__(self) -> Iterator[Target]:
-        return iter(list(self.by_slot.values()))
+        """Give every target; one that is dropped meanwhile is not met any more."""
+        for target in list(self.by_slot.values()):
+            if target.slot in self.by_slot:
+                yield target
 
     def by_pid(self, pid: int) -> Target | None:
         """The target of that pid, if there is one."""
@@ -73,18 +91,61 @@ class Targets:
             self._candidates(), self.settings.targets, ours=self.ours, age_of=_age
         )
         wanted = {selected.process.id: selected for selected in chosen}
+        for registered in self.registered(None):
+            process = registered.process.id
+            wanted[process] = united(wanted.get(process), registered)
         for target in self:
-            unwanted = target.id not in wanted and not target.mappings
-            if unwanted or not procfs.is_same(target.id):
+            if not procfs.is_same(target.id):
                 self.drop(target)
+            elif target.id not in wanted:
+                self._unwanted(target)
+        self._drop_unused_domains()
         known = {target.id: target for target in self}
         for process, selected in wanted.items():
             if process in known:
-                self._update(known[process], selected)
+                self.update(known[process], selected)
             else:
                 self._add(selected)
         for target in self:
             self.read_areas(target)
+
+    def refresh_one(self, process: TargetId) -> Target | None:
+        """Select one process anew and read its maps; None when it is no target (any more)."""
+        target = next((target for target in self if target.id == process), None)
+        try:
+            infos = [procfs.process_info(process.pid)] if procfs.is_same(process) else []
+        except TargetGoneError:
+            infos = []
+        chosen, _ = select(infos, self.settings.targets, ours=self.ours, age_of=_age)
+        wanted = chosen[0] if chosen else None
+        for registered in self.registered(process) if infos else ():
+            wanted = united(wanted, registered)
+        if target is not None and not infos:
+            self.drop(target)
+        elif target is not None and wanted is None:
+            self._unwanted(target)
+        elif target is not None and wanted is not None:
+            self.update(target, wanted)
+        elif wanted is not None:
+            target = self._add(wanted)
+        if target is None or target.slot not in self.by_slot:
+            return None
+        self.read_areas(target)
+        return target if target.slot in self.by_slot else None
+
+    def _unwanted(self, target: Target) -> None:
+        """Nothing selects the target any more: it goes when nothing in it is merged."""
+        if target.mappings:
+            target.selected = replace(target.selected, regions=(), also=())
+        else:
+            self.drop(target)
+
+    def _drop_unused_domains(self) -> None:
+        """Forget trust domains without a target and without a store page; users come and go."""
+        used = {target.selected.domain for target in self}
+        for name in self.domains.keys() - used:
+            if not self.domains[name].store.extents:
+                del self.domains[name]
 
     def _candidates(self) -> Iterator[ProcessInfo]:
         """Processes to select from: only those named, where every rule names pids."""
@@ -99,7 +160,7 @@ class Targets:
             with contextlib.suppress(TargetGoneError):
                 yield procfs.process_info(pid)
 
-    def _update(self, target: Target, selected: Selected) -> None:
+    def update(self, target: Target, selected: Selected) -> None:
         """Settings may have changed; a merged target keeps its domain until it is unmerged."""
         if target.mappings and selected.domain != target.selected.domain:
             return
@@ -111,31 +172,69 @@ class Targets:
     def _domain(self, name: str) -> Domain:
         if name not in self.domains:
             self.domains[name] = Domain(
-                name, self._sizes, self._ring, PagerKeeper(self._pager, self._ring)
+                name, self._sizes, self._ring, PagerKeeper(name, self._pager, self._ring)
             )
         return self.domains[name]
 
-    def _add(self, selected: Selected) -> None:
+    def hold_rings(self) -> None:
+        """Have the pager hold the pin rings that there are now."""
+        self._pager.hold_rings(self._ring.named)
+
+    # -- what an earlier daemon left ----------------------------------------------------------
+
+    def reserve(self, slot: int) -> None:
+        """Use no slot up to *slot*: the pager has seen it, and never sees a number twice."""
+        self._next_slot = max(self._next_slot, slot + 1)
+
+    def adopt_extent(self, label: ExtentLabel, place: ExtentMap) -> Extent:
+        """Take in an extent whose rings have been adopted."""
+        store = self._domain(label.domain).store
+        token = self._ring.adopt_pin(label.pins)
+        return store.adopt(label.number, place, label.phase, label.huge, token)
+
+    def adopt(self, slot: int, selected: Selected, contexts: TargetContexts) -> None:
+        """Take in a target under the slot that the pager knows it by. TargetGoneError."""
+        pid = selected.process.id.pid
+        memory = Memory(pid)
+        try:
+            target = Target(slot, selected, memory, PageMap(pid), contexts=contexts)
+        except KsmdError:
+            memory.close()
+            raise
+        target.tell = self.tell
+        self._domain(selected.domain)
+        self.by_slot[slot] = target
+
+    # -- new targets --------------------------------------------------------------------------
+
+    def _add(self, selected: Selected) -> Target | None:
         pid = selected.process.id.pid
         try:
             memory = Memory(pid)
         except TargetGoneError:
-            return
-        except PrivilegeError as error:
-            self.refusals.append(Refusal(Reason.PRIVILEGE, str(pid), str(error)))
-            return
+            return None
+        except KsmdError as error:
+            # not a privilege: out of file descriptors, which others must not suffer from
+            denied = isinstance(error, PrivilegeError)
+            reason = Reason.PRIVILEGE if denied else Reason.STORE_FULL
+            self.refusals.append(Refusal(reason, str(pid), str(error)))
+            return None
         self._domain(selected.domain)
         try:
             target = Target(self._next_slot, selected, memory, PageMap(pid))
         except KsmdError:
             memory.close()
-            return
+            return None
+        target.tell = self.tell
         self._next_slot += 1
         self.by_slot[target.slot] = target
+        return target
 
     def drop(self, target: Target) -> None:
         """Forget a target: its process is gone, or it is none any more and nothing is merged."""
-        self.by_slot.pop(target.slot, None)
+        if self.by_slot.pop(target.slot, None) is None:
+            return
+        self.tell("target_gone", target)
         self.tables(target).forget(target.slot)
         target.memory.close()
         target.pagemap.close()
@@ -154,15 +253,19 @@ class Targets:
             found.update(domain.store.by_inode())
         return found
 
-    def read_mappings(self, target: Target) -> None:
-        """Read what of the target is merged now; what may be scanned stays as it was read last."""
+    def read_mappings(self, target: Target, flags: bool = False) -> None:
+        """Read what of the target is merged now; what may be scanned stays as it was read last.
+
+        *flags*: with VmFlags, which takes the kernel some milliseconds for a GiB.
+        """
         extents = self.extents_by_inode()
-        vmas = procfs.maps(target.pid, target.memory.tid)
+        read = procfs.smaps if flags else procfs.maps
+        vmas = read(target.pid, target.memory.tid)
         target.vmas = len(vmas)
         target.mappings = [
             Mapping(vma, extents[vma.inode])
             for vma in vmas
-            if vma.inode in extents and vma.path.startswith(_STORE_PATH)
+            if vma.inode in extents and vma.path.startswith(STORE_PATH)
         ]
 
     def read_areas(self, target: Target) -> None:
@@ -170,7 +273,7 @@ class Targets:
         extents = self.extents_by_inode()
 
         def ours(vma: Vma) -> bool:
-            return vma.inode in extents and vma.path.startswith(_STORE_PATH)
+            return vma.inode in extents and vma.path.startswith(STORE_PATH)
 
         try:
             vmas = procfs.smaps(target.pid)
@@ -180,12 +283,13 @@ class Targets:
         target.vmas = len(vmas)
         target.mappings = [Mapping(vma, extents[vma.inode]) for vma in vmas if ours(vma)]
         target.areas, target.refused_ranges = areas(
-            vmas, target.selected.regions, merged_by_us=ours
+            vmas, target.selected.regions, also=target.selected.also, merged_by_us=ours
         )
 
     def refused_pages(self) -> Counter[Reason]:
         """Pages (or processes, for refusals of a whole process) per reason, as of the last scan."""
         counts: Counter[Reason] = Counter(refusal.reason for refusal in self.refusals)
+        counts[Reason.UNGUARDED] = self.unguarded
         for target in self:
             for refused in target.refused_ranges:
                 counts[refused.reason] += refused.npages
@@ -197,23 +301,31 @@ class Targets:
 class PagerKeeper:
     """The store's second holder is the pager."""
 
-    def __init__(self, pager: Pager, ring: PinRing) -> None:
+    def __init__(self, domain: str, pager: Pager, ring: PinRing) -> None:
+        self._domain = domain
         self._pager = pager
         self._ring = ring
-        self._rings: list[int] = []
 
     def keep(self, extent: Extent) -> None:
         """Hold an extent before its first use."""
-        if self._ring.fds != self._rings:
-            self._rings = self._ring.fds
-            self._pager.hold_rings(self._rings)
+        self._pager.hold_rings(self._ring.named)
         place = extent.map
         length = extent.npages << PAGE_SHIFT
-        self._pager.keep(KeptExtent(place.inode, place.fd_ro, extent.offset(0), length))
+        pins = self._ring.slots(extent.token)
+        label = ExtentLabel.of(self._domain, extent, pins, self._pager.key).as_json()
+        self._pager.keep(KeptExtent(place.inode, place.fd_ro, extent.offset(0), length, label))
 
     def release(self, extent: Extent) -> None:
         """Let an extent go."""
         self._pager.release(extent.map.inode)
+
+
+def _nothing_registered(_process: TargetId | None) -> Iterable[Selected]:
+    return ()
+
+
+def _tell_nobody(kind: str, target: Target, pages: int = 0, reason: str = "") -> None:
+    """Nobody listens."""
 
 
 def _age(target: TargetId) -> float:

@@ -13,16 +13,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ksmd.daemon.accounting import Accounting
+from ksmd.daemon.journal import fields
 from ksmd.daemon.merger import Merger
 from ksmd.daemon.prepare import prepare
 from ksmd.daemon.state import Target
 from ksmd.daemon.targets import Targets
 from ksmd.guard.client import Pager
+from ksmd.guard.intervals import Intervals
 from ksmd.kernel import risks
 from ksmd.model.errors import KsmdError, TargetGoneError
 from ksmd.model.refusal import Reason
 from ksmd.model.units import PAGE_SHIFT, PAGE_SIZE
-from ksmd.model.window import Op, Record
+from ksmd.model.vma import Vma
+from ksmd.model.window import Advice, Op, Record
 from ksmd.remap.engine import Engine
 from ksmd.remap.store import MEMORY_RESERVE, Extent
 
@@ -64,14 +67,7 @@ class Unmerger:
 
     def check_memory(self, targets: Sequence[Target]) -> None:
         """Raise NotEnoughMemoryError, with figures, where the pages would not fit."""
-        needed = sum(len(target.sites) for target in targets) * PAGE_SIZE
-        available = risks.mem_available() - MEMORY_RESERVE
-        if needed > available:
-            raise NotEnoughMemoryError(
-                f"unmerging takes {needed >> 20} MiB and only {max(0, available) >> 20} MiB are"
-                " available",
-                "free memory, unmerge single targets (--pid), or stop with on_stop: keep",
-            )
+        _check_memory(sum(len(target.sites) for target in targets) * PAGE_SIZE)
 
     def unmerge(self, targets: Sequence[Target]) -> Iterator[UnmergeResult]:
         """Unmerge *targets*; gives the running result after every window."""
@@ -95,6 +91,27 @@ class Unmerger:
         yield from self._recount()
         yield result
 
+    def unmerge_part(self, target: Target, spans: Intervals) -> Iterator[UnmergeResult]:
+        """Try once to unmerge what of one target lies in *spans* (bytes); gives the result so far.
+
+        NotEnoughMemoryError before anything is changed. The result's ``left`` is what is merged in
+        *spans* still, when the last result comes.
+        """
+        self._targets.read_mappings(target)
+        needed = _merged_bytes(target, spans)
+        _check_memory(needed)
+        result = UnmergeResult()
+        if needed:
+            yield from self._once(target, result, spans)
+            if target.slot not in self._targets.by_slot:
+                return
+            self._targets.read_mappings(target)
+        result.left = _merged_bytes(target, spans) >> PAGE_SHIFT
+        result.reason = target.refused if result.left else None
+        if not target.mappings:
+            self._merger.forget_contexts(target)
+        yield result
+
     def _recount(self) -> Iterator[UnmergeResult]:
         for _ in self._accounting.recount():
             yield UnmergeResult()
@@ -104,35 +121,83 @@ class Unmerger:
         if left:
             result.left += left
             result.reason = target.refused or Reason.WINDOW_FAILED
-            log.warning("pid %d keeps %d merged pages: %s", target.pid, left, result.reason)
+            log.warning(
+                "pid %d keeps %d merged pages: %s",
+                target.pid,
+                left,
+                result.reason,
+                extra=fields(
+                    target_pid=target.pid,
+                    domain=target.selected.domain,
+                    reason=str(result.reason),
+                ),
+            )
         else:
             self._merger.forget_contexts(target)
 
-    def _once(self, target: Target, result: UnmergeResult) -> Iterator[UnmergeResult]:
+    def _once(
+        self, target: Target, result: UnmergeResult, spans: Intervals | None = None
+    ) -> Iterator[UnmergeResult]:
         if target.contexts is None:
             prepare(target, self._engine, self._pager, self._targets.settings.window.deadline_ms)
         if target.contexts is None:
             return
-        limit = self._targets.settings.window.max_pages << PAGE_SHIFT
+        self._targets.read_mappings(target, flags=True)
+        # giving a page back copies it, which takes about twice as long as merging it
+        limit = max(1, self._targets.settings.window.max_pages // 2) << PAGE_SHIFT
         runs = self._targets.settings.window.max_runs
         by_extent: dict[int, tuple[Extent, list[Record]]] = defaultdict()
         for mapping in target.mappings:
             extent, vma = mapping.extent, mapping.vma
             records = by_extent.setdefault(extent.number, (extent, []))[1]
-            for start in range(vma.start, vma.end, limit):
-                length = min(limit, vma.end - start)
-                records.append(Record(Op.UNMERGE, start, length, vma.offset + start - vma.start))
+            whole = [(vma.start, vma.end)]
+            for low, high in whole if spans is None else spans.within(vma.start, vma.end):
+                for start in range(low, high, limit):
+                    length, offset = min(limit, high - start), vma.offset + start - vma.start
+                    records.append(Record(Op.UNMERGE, start, length, offset, _advice(vma)))
         for extent, records in by_extent.values():
-            for batch in _batches(records, runs, limit):
+            for batch in batches(records, runs, limit):
+                if target.contexts is None:
+                    return  # given back by somebody else, between two windows
                 done = self._merger.open(target, batch, extent)
                 if done.refused is not None:
                     return
                 kept = [o for o in done.outcomes if o.reason is None]
-                result.pages += sum(o.record.length for o in kept) >> PAGE_SHIFT
+                pages = sum(o.record.length for o in kept) >> PAGE_SHIFT
+                result.pages += pages
+                if pages:
+                    self._targets.tell("unmerged", target, pages)
                 yield result
 
 
-def _batches(records: Sequence[Record], max_runs: int, max_bytes: int) -> Iterator[list[Record]]:
+def _advice(vma: Vma) -> Advice:
+    """Give what the program has said of a merged range since the merge."""
+    found = Advice.NONE
+    if "dc" in vma.flags:
+        found |= Advice.DONTFORK
+    if "dd" in vma.flags:
+        found |= Advice.DONTDUMP
+    return found
+
+
+def _check_memory(needed: int) -> None:
+    """Raise NotEnoughMemoryError, with figures, where *needed* bytes would not fit."""
+    available = risks.mem_available() - MEMORY_RESERVE
+    if needed > available:
+        raise NotEnoughMemoryError(
+            f"unmerging takes {needed >> 20} MiB and only {max(0, available) >> 20} MiB are"
+            " available",
+            "free memory, unmerge single targets (--pid), or stop with on_stop: keep",
+        )
+
+
+def _merged_bytes(target: Target, spans: Intervals) -> int:
+    found = [spans.within(m.vma.start, m.vma.end) for m in target.mappings]
+    return sum(high - low for ranges in found for low, high in ranges)
+
+
+def batches(records: Sequence[Record], max_runs: int, max_bytes: int) -> Iterator[list[Record]]:
+    """Cut records into windows."""
     batch: list[Record] = []
     total = 0
     for record in records:

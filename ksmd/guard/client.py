@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import secrets
 import select
 import signal
 import socket
@@ -24,8 +25,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from ksmd import __version__
+from ksmd.guard import door
 from ksmd.guard.intervals import Intervals
-from ksmd.kernel import channel
+from ksmd.kernel import channel, libc
 from ksmd.model.errors import KsmdError
 
 #: Seconds after which a pager that does not answer is taken for dead.
@@ -51,18 +54,32 @@ class PagerRefusedError(KsmdError):
 
 @dataclass(frozen=True, slots=True)
 class KeptExtent:
-    """Part of an extent that the pager maps and locks too; *fd* stays the caller's."""
+    """Part of an extent that the pager maps and locks too; *fd* stays the caller's.
+
+    *about* is kept for a later daemon: what JSON can hold.
+    """
 
     inode: int
     fd: int
     offset: int
     length: int
+    about: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
 class _Held:
     fd: int
     owed: Intervals = field(default_factory=Intervals)
+    track: int = -1
+    about: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def fds(self) -> tuple[int, ...]:
+        return (self.fd, self.track) if self.track >= 0 else (self.fd,)
+
+    def close(self) -> None:
+        for fd in self.fds:
+            os.close(fd)
 
 
 class Pager:
@@ -70,19 +87,27 @@ class Pager:
 
     ``id`` is the daemon's number of a target; it must not be used again for another target.
     Every call raises PagerGoneError when the pager is gone, PagerRefusedError when it refuses.
-    ``failed`` lists what the pager could not do to protect itself, as sentences.
+    ``failed`` lists what the pager could not do to protect itself, as sentences. ``name`` is what
+    a later daemon finds the process by (see door.py); nobody finds one without a name.
+
+    After :meth:`adopt`: ``highest`` is the highest id ever used; ``kept`` are the extents and
+    ``rings`` the pin rings of the daemon before us, whose descriptors are the caller's from then
+    on; ``key`` is the key of the digests that daemon left with the extents.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "") -> None:
+        self.name = name
         self.pid = 0
         self.failed: list[str] = []
+        self.highest = 0
+        self.key = secrets.token_bytes(32)
         self._end: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._pidfd = -1
         self._held: dict[int, _Held] = {}
         self._children: dict[int, tuple[int, int]] = {}  # key -> id, fd
         self._kept: dict[int, KeptExtent] = {}
-        self._rings: list[int] = []
+        self._rings: dict[int, int] = {}
 
     # life
 
@@ -92,7 +117,7 @@ class Pager:
         with its:
             self._process = subprocess.Popen(
                 # -P: what lies in the current directory must not be imported
-                [sys.executable, "-P", "-m", "ksmd.guard.pager", str(its.fileno())],
+                [sys.executable, "-P", "-m", door.MODULE, str(its.fileno()), self.name],
                 pass_fds=(its.fileno(),),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -101,23 +126,46 @@ class Pager:
         self._attach(mine, self._process.pid)
         hello = self._receive(time.monotonic() + DEADLINE)
         self.failed = list(hello["failed"])
+        self._ask({"do": "secret", "key": self.key.hex()})
 
     @classmethod
-    def adopt(cls, end: socket.socket) -> Pager:
-        """Take over a running pager through a channel's end that :meth:`hand_over` gave.
+    def adopt(cls, end: socket.socket, name: str = "") -> Pager:
+        """Take over a running pager by a channel's end from :meth:`hand_over` or ``door.knock``.
 
-        All its contexts come to us; :meth:`ids` names the targets.
+        All its contexts come to us; :meth:`ids` names the targets. PagerRefusedError while another
+        daemon owns it. A pager of another version is replaced by one of ours.
         """
-        pager = cls()
+        pager = cls(name)
         pager._end = end
-        answer = pager._ask({"do": "claim"})
-        pager._attach(end, int(answer["pid"]))
+        try:
+            answer = pager._ask({"do": "claim"})
+            pager._attach(end, int(answer["pid"]))
+            pager._await_all()
+            pager._rings = {
+                ring: libc.pidfd_getfd(pager._pidfd, fd) for ring, fd in answer["rings"]
+            }
+        except BaseException:
+            for extent in pager._kept.values():
+                os.close(extent.fd)
+            pager._let_go()
+            raise
+        pager.highest = int(answer["highest"])
+        pager.key = bytes.fromhex(answer["secret"]) or pager.key
+        if answer["version"] != __version__:
+            pager.restart()
+        return pager
+
+    def _await_all(self) -> None:
         deadline = time.monotonic() + DEADLINE
         while time.monotonic() < deadline:
-            held = pager.stats()
-            if (held["contexts"], held["children"]) == (len(pager._held), len(pager._children)):
-                return pager
-        raise PagerGoneError("it does not tell all its contexts")
+            held = self.stats()
+            if (held["contexts"], held["children"], held["extents"]) == (
+                len(self._held),
+                len(self._children),
+                len(self._kept),
+            ):
+                return
+        raise PagerGoneError("it does not tell all that it holds")
 
     def hand_over(self) -> socket.socket:
         """Give a further end of the pager's channel, for another process to adopt."""
@@ -133,7 +181,7 @@ class Pager:
         self._detach()
         self.start()
         if self._rings:
-            self.hold_rings(self._rings)
+            self._tell_rings()
         for extent in self._kept.values():
             self._keep(extent)
         for target, held in self._held.items():
@@ -169,14 +217,17 @@ class Pager:
         if force:
             self.kill()
             left = True
+        self._let_go()
+        return left
+
+    def _let_go(self) -> None:
         self._detach()
         for held in self._held.values():
-            os.close(held.fd)
+            held.close()
         for _, fd in self._children.values():
             os.close(fd)
         self._held.clear()
         self._children.clear()
-        return left
 
     def alive(self) -> bool:
         """Tell whether the process runs."""
@@ -199,17 +250,54 @@ class Pager:
         """The targets whose own context is held."""
         return list(self._held)
 
-    def guard(self, target: int, fd: int, ranges: Ranges = ()) -> None:
-        """Hand the target's guard context over. *fd* stays the caller's; we keep a duplicate."""
+    @property
+    def kept(self) -> list[KeptExtent]:
+        """The extents that are held."""
+        return list(self._kept.values())
+
+    @property
+    def rings(self) -> dict[int, int]:
+        """The pin rings that are held: our descriptors, by their names."""
+        return dict(self._rings)
+
+    def guard(
+        self,
+        target: int,
+        fd: int,
+        ranges: Ranges = (),
+        *,
+        track: int = -1,
+        about: dict[str, Any] | None = None,
+    ) -> None:
+        """Hand the target's guard context over, and its tracking context to be held beside it.
+
+        The descriptors stay the caller's; we keep duplicates. *about* (what JSON can hold) is kept
+        for a later daemon.
+        """
         if target in self._held:
             raise ValueError(f"{target} is guarded already")
-        held = _Held(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3), Intervals(ranges))
+        held = _Held(_duplicate(fd), Intervals(ranges), about=about or {})
+        held.track = _duplicate(track) if track >= 0 else -1
         self._held[target] = held
         try:
             self._tell(target, held)
         except PagerRefusedError:
-            os.close(self._held.pop(target).fd)
+            self._held.pop(target).close()
             raise
+
+    def about(self, target: int) -> dict[str, Any]:
+        """Give what was said of a target when it was guarded."""
+        return dict(self._held[target].about)
+
+    def contexts(self, target: int) -> tuple[int, int]:
+        """Give duplicates of a target's guard and tracking context (-1: none); the caller's."""
+        held = self._held[target]
+        return _duplicate(held.fd), _duplicate(held.track) if held.track >= 0 else -1
+
+    @property
+    def unsettled(self) -> list[int]:
+        """Targets with ranges that were announced, and neither confirmed nor taken back."""
+        return [target for target, held in self._held.items() if held.owed]
 
     def extend(self, target: int, ranges: Ranges) -> None:
         """Announce ranges before the stop window that merges them."""
@@ -227,6 +315,14 @@ class Pager:
         """
         self._forget("settle", target, ranges)
 
+    def settle_all(self, target: int) -> None:
+        """Settle whatever is announced: nothing is under way in the target any more.
+
+        What of it was not merged after all needs no record either.
+        """
+        if target in self._held:
+            self._forget("settle", target, list(self._held[target].owed))
+
     def retract(self, target: int, ranges: Ranges) -> None:
         """Take announced ranges back: the window did not merge them, or they were unmerged."""
         self._forget("retract", target, ranges)
@@ -238,25 +334,34 @@ class Pager:
 
     def _keep(self, extent: KeptExtent) -> None:
         end = extent.offset + extent.length
+        about = {"about": extent.about}
         for offset in range(extent.offset, end, KEEP_PART):
             header = {"do": "keep", "offset": offset, "length": min(KEEP_PART, end - offset)}
-            self._ask(header, extent.fd)
+            self._ask(header | about, extent.fd)
+            about = {}
 
     def release(self, inode: int) -> None:
         """Let the pager's hold on an extent go: nobody maps it any more."""
         self._kept.pop(inode, None)
         self._ask({"do": "release", "inode": inode})
 
-    def hold_rings(self, fds: list[int]) -> None:
-        """Have the pager hold these io_uring descriptors of ours, and with them our pins."""
-        self._rings = list(fds)
-        self._ask({"do": "rings", "pid": os.getpid(), "fds": self._rings})
+    def hold_rings(self, rings: dict[int, int]) -> None:
+        """Have the pager hold these io_uring descriptors of ours (by name), and with them our pins.
+
+        It lets go of all others. A name must not be used again for another ring.
+        """
+        if rings != self._rings:
+            self._rings = dict(rings)
+            self._tell_rings()
+
+    def _tell_rings(self) -> None:
+        self._ask({"do": "rings", "pid": os.getpid(), "rings": list(self._rings.items())})
 
     def drop(self, target: int) -> None:
         """Let go of a target that is gone or has nothing merged. Unknown ids are no error."""
         held = self._held.pop(target, None)
         if held is not None:
-            os.close(held.fd)
+            held.close()
         self._ask({"do": "drop", "id": target})
 
     def stats(self) -> dict[str, int]:
@@ -286,7 +391,8 @@ class Pager:
     def _tell(self, target: int, held: _Held) -> None:
         ranges = list(held.owed)
         first, rest = ranges[:CHUNK], ranges[CHUNK:]
-        self._ask({"do": "guard", "id": target, "ranges": first}, held.fd)
+        header = {"do": "guard", "id": target, "ranges": first, "about": held.about}
+        self._ask(header, *held.fds)
         self._send_ranges("extend", target, rest)
 
     def _forget(self, verb: str, target: int, ranges: Ranges) -> None:
@@ -331,19 +437,27 @@ class Pager:
         except TimeoutError as error:
             raise PagerGoneError(f"no answer in {DEADLINE:g} s") from error
         if header.get("event") == "context":
-            self._hold(header["id"], header["key"], fds[0])
+            self._hold(header, fds)
+        elif header.get("event") == "extent":
+            place = {name: header[name] for name in ("inode", "offset", "length", "about")}
+            self._kept[header["inode"]] = KeptExtent(fd=fds[0], **place)
         elif header.get("event") == "gone":
             for key in header["keys"]:
                 self._release(key)
         return header
 
-    def _hold(self, target: int, key: int, fd: int) -> None:
+    def _hold(self, header: dict[str, Any], fds: list[int]) -> None:
+        target, key = int(header["id"]), int(header["key"])
+        fd, *rest = fds
         if key:
             self._children[key] = target, fd
-        elif target in self._held:
-            os.close(fd)
+            return
+        ranges = [(start, end) for start, end in header["ranges"]]
+        held = _Held(fd, Intervals(ranges), rest[0] if rest else -1, header["about"])
+        if target in self._held:  # an owner that claims what it has
+            held.close()
         else:
-            self._held[target] = _Held(fd)
+            self._held[target] = held
 
     def _release(self, key: int) -> None:
         child = self._children.pop(key, None)
@@ -359,3 +473,7 @@ class Pager:
             except PagerGoneError:
                 return False
         return True
+
+
+def _duplicate(fd: int) -> int:
+    return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import errno
 from enum import Enum
-from typing import Protocol
+from typing import Any, Protocol
 
 from ksmd.guard.intervals import Intervals
 from ksmd.model.units import HUGE_PAGE_SIZE, PAGE_SIZE
@@ -89,9 +89,10 @@ class Context:
 
     ``target``: the target's id, the same in all descendants. ``key``: the context's own number; a
     target's own context has key 0. ``waiting``: pages whose fault could not be answered yet.
+    ``track`` (-1: none) and ``about`` are held for a later daemon, and mean nothing here.
     """
 
-    __slots__ = ("_count", "drops", "fd", "key", "owed", "target", "waiting")
+    __slots__ = ("_count", "about", "drops", "fd", "key", "owed", "target", "track", "waiting")
 
     def __init__(self, fd: int, target: int, key: int, count: Counters) -> None:
         self.fd = fd
@@ -100,6 +101,8 @@ class Context:
         self.owed = Intervals()
         self.drops: list[tuple[int, int]] = []
         self.waiting: set[int] = set()
+        self.track = -1
+        self.about: dict[str, Any] = {}
         self._count = count
 
     @property

@@ -1,29 +1,37 @@
 """The pager: a process that answers faults on merged memory, and does nothing else.
 
-``python -m ksmd.guard.pager FD``, where FD is its end of a SOCK_SEQPACKET channel. As long as it
-lives, dropped merged memory reads as zeros; while it is dead, targets that touch dropped memory
-wait. So it is small, locked in memory, hard to kill by accident, and never waits: every descriptor
-is non-blocking, what cannot be sent is kept. It outlives the daemon while it holds living contexts.
+``python -m ksmd.guard.pager FD [NAME]``, where FD is its end of a SOCK_SEQPACKET channel. As long
+as it lives, dropped merged memory reads as zeros; while it is dead, targets that touch dropped
+memory wait. So it is small, locked in memory, hard to kill by accident, and never waits: every
+descriptor is non-blocking, what cannot be sent is kept. It outlives the daemon while it holds
+living contexts, and a later daemon finds it by NAME (see door.py). What that one needs to go on is
+kept here for it, unread: ``about`` in the messages below, and the descriptors.
 
 Messages (``do``), each answered with {"ok": true, ...} or {"ok": false, "error": ...}:
 
-``guard``     {id, ranges?, child?} + 1 fd: hold this context. ``child``: the key of a child's.
+``guard``     {id, ranges?, child?, about?} + 1 or 2 fds: hold this context, and the target's
+              tracking context beside it. ``child``: the key of a child's.
 ``extend``    {id, ranges}: these are about to be merged; told before the stop window.
 ``settle``    {id, ranges}: these are merged, populated, and each VMA had its UFFDIO_CONTINUE.
 ``retract``   {id, ranges}: these are not merged (any more).
 ``drop``      {id}: the target is gone or has nothing merged. Its children stay guarded.
 ``children``  {id} -> {children}: living contexts that descend from the target.
 ``stats``     -> the counters.
-``keep``      {offset, length} + 1 fd: map and lock this part of an extent (see keeper.py).
+``keep``      {offset, length, about?} + 1 fd: map and lock this part of an extent (see keeper.py).
 ``release``   {inode}: that extent has no user any more.
-``rings``     {pid, fds}: hold these io_uring descriptors of the daemon, with their pins.
+``rings``     {pid, rings}: hold these io_uring descriptors [name, fd] of the daemon, with their
+              pins, and no others.
+``secret``    {key}: keep the key of the extents' digests.
 ``hand-over`` + 1 fd: a further channel's end.
-``claim``     the sender is the owner from now on: it is told of all contexts.
+``claim``     the sender is the owner from now on, if no other lives: it is told of all contexts
+              and extents. -> {pid, version, secret, highest, rings}; ``highest`` is the highest id
+              ever used, ``rings`` are to be taken by pidfd_getfd.
 ``quit``      leave, if no context is held.
 
 News for the owner: {"event": "hello", pid, failed, nofile} at start; for each new child {"event":
 "context", id, key} + fd, so that a second process holds what a restarted pager needs; and
-{"event": "gone", keys}.
+{"event": "gone", keys}. After ``claim`` also each target's {"event": "context", id, key: 0, ranges,
+about} + fds and {"event": "extent", inode, offset, length, about} + fd.
 """
 
 from __future__ import annotations
@@ -39,6 +47,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from ksmd import __version__
+from ksmd.guard import door
 from ksmd.guard.keeper import Keeper
 from ksmd.guard.watch import Ranges, Watch
 from ksmd.kernel import channel, libc
@@ -74,10 +84,14 @@ def _ranges(header: dict[str, Any]) -> Ranges:
 class Pager:
     """The loop and the verbs of its channels."""
 
-    def __init__(self, end: socket.socket, failed: list[str]) -> None:
+    def __init__(self, end: socket.socket, failed: list[str], inner: socket.socket) -> None:
         self._epoll = select.epoll()
+        self._door = inner
+        self._epoll.register(inner.fileno(), select.EPOLLIN)
         self._watch = Watch(self._epoll, self._send)
         self._keeper = Keeper()
+        self._untold: list[int] = []  # inodes of extents
+        self._secret = ""
         self._lines: dict[int, _Line] = {}
         self._owner: _Line | None = self._connect(end)
         self._leaving = False
@@ -95,6 +109,8 @@ class Pager:
             for fd, _ in self._poll():
                 if fd in self._watch:
                     self._watch.serve(fd)
+                elif fd == self._door.fileno():
+                    self._answer_door()
                 else:
                     calls.append(fd)
             self._watch.go_on()
@@ -134,6 +150,22 @@ class Pager:
         line.end.close()
         if self._owner is line:
             self._owner = None
+
+    def _answer_door(self) -> None:
+        """Take a channel that a later daemon passed in; it speaks by that, not by the door."""
+        fds: list[int] = []
+        try:
+            _, _, fds = channel.receive(self._door)
+            self._hand_over(fds)
+        except Exception as error:  # as in _call
+            print(f"ksmd-pager: nobody could be let in: {error}", file=sys.stderr, flush=True)
+        for left in fds:
+            os.close(left)
+
+    def _hand_over(self, fds: list[int]) -> None:
+        (fd,) = fds
+        self._connect(socket.socket(fileno=fd))
+        fds.clear()
 
     def _call(self, fd: int) -> None:
         """Take one message, so that faults come between any two."""
@@ -176,16 +208,29 @@ class Pager:
         while news:
             fd, context = next(iter(news.items()))
             header = {"event": "context", "id": context.target, "key": context.key}
-            channel.send(end, header, fds=(fd,))
+            fds: tuple[int, ...] = (fd,)
+            if not context.key:
+                header |= {"ranges": list(context.owed), "about": context.about}
+                fds += (context.track,) if context.track >= 0 else ()
+            channel.send(end, header, fds=fds)
             del news[fd]
+        while self._untold:
+            self._tell_extent(end, self._untold[-1])
+            self._untold.pop()
         while self._watch.gone:
             keys = self._watch.gone[:_GONE_KEYS]
             channel.send(end, {"event": "gone", "keys": keys})
             del self._watch.gone[:_GONE_KEYS]
 
+    def _tell_extent(self, end: socket.socket, inode: int) -> None:
+        kept = self._keeper.extent(inode)
+        if kept is not None:
+            place = {"inode": inode, "offset": kept.offset, "length": kept.length}
+            channel.send(end, {"event": "extent", "about": kept.about, **place}, fds=(kept.fd,))
+
     # verbs
 
-    def _answer(self, line: _Line, header: dict[str, Any], fds: list[int]) -> dict[str, int]:
+    def _answer(self, line: _Line, header: dict[str, Any], fds: list[int]) -> dict[str, Any]:
         """Do what a message says. What is left in *fds* will be closed."""
         match header["do"]:
             case "guard":
@@ -201,16 +246,12 @@ class Pager:
                 return {"children": self._watch.children(header["id"])}
             case "stats":
                 return self._stats()
-            case "keep" | "release" | "rings" as verb:
+            case "keep" | "release" | "rings" | "secret" as verb:
                 self._keep(verb, header, fds)
             case "hand-over":
-                (fd,) = fds
-                self._connect(socket.socket(fileno=fd))
-                fds.clear()
+                self._hand_over(fds)
             case "claim":
-                self._owner = line
-                self._watch.announce_all()
-                return {"pid": os.getpid()}
+                return self._claim(line)
             case "quit":
                 if self._watch.live:
                     raise ValueError(f"{self._watch.live} contexts are held")
@@ -221,19 +262,43 @@ class Pager:
 
     def _keep(self, verb: str, header: dict[str, Any], fds: list[int]) -> None:
         if verb == "keep":
-            self._keeper.keep(fds[0], header["offset"], header["length"])
+            about = dict(header.get("about", {}))
+            self._keeper.keep(fds[0], header["offset"], header["length"], about)
         elif verb == "release":
             self._keeper.release(header["inode"])
+        elif verb == "secret":
+            self._secret = str(header["key"])
         else:
-            self._keeper.hold_rings(header["pid"], header["fds"])
+            self._keeper.hold_rings(header["pid"], dict(header["rings"]))
 
     def _guard(self, header: dict[str, Any], fds: list[int]) -> None:
-        (fd,) = fds
         target, key = int(header["id"]), int(header.get("child", 0))
+        fd, *rest = fds
+        (track,) = rest or (-1,)
         if not key and self._watch.has_root(target):
             raise ValueError(f"{target} is guarded already")
-        self._watch.add(fd, target, key, _ranges(header))
+        about = dict(header.get("about", {}))
+        self._watch.add(fd, target, key, _ranges(header), track, about)
         fds.clear()
+
+    def _claim(self, line: _Line) -> dict[str, Any]:
+        owner = self._owner
+        if owner is not None and owner is not line:
+            if not _hung_up(owner.end):
+                raise ValueError("another daemon owns the pager")
+            fd = owner.end.fileno()
+            while self._lines.get(fd) is owner:  # what it said before it died comes first
+                self._call(fd)
+        self._owner = line
+        self._watch.announce_all()
+        self._untold = list(self._keeper)
+        return {
+            "pid": os.getpid(),
+            "version": __version__,
+            "secret": self._secret,
+            "highest": self._watch.highest,
+            "rings": list(self._keeper.rings.items()),
+        }
 
     def _stats(self) -> dict[str, int]:
         watch, count = self._watch, self._watch.count
@@ -252,6 +317,13 @@ class Pager:
             "extents": len(self._keeper),
             "fds": _fds(),
         }
+
+
+def _hung_up(end: socket.socket) -> bool:
+    """Tell whether the other process has closed its end, even if that was not read yet."""
+    poll = select.poll()
+    poll.register(end, 0)
+    return bool(poll.poll(0))
 
 
 def _fds() -> int:
@@ -300,12 +372,13 @@ def _settle_in() -> list[str]:
 
 
 def main(arguments: list[str]) -> int:
-    """Run the pager on the channel whose descriptor is the only argument."""
-    if len(arguments) != 1 or not arguments[0].isdigit():
-        print("usage: python -m ksmd.guard.pager FD", file=sys.stderr)
+    """Run the pager on the channel whose descriptor is the first argument."""
+    if len(arguments) not in (1, 2) or not arguments[0].isdigit():
+        print("usage: python -m ksmd.guard.pager FD [NAME]", file=sys.stderr)
         return 2
+    fd, inner = door.build(int(arguments[0]))
     failed = _settle_in()
-    Pager(socket.socket(fileno=int(arguments[0])), failed).run()
+    Pager(socket.socket(fileno=fd), failed, inner).run()
     return 0
 
 

@@ -13,6 +13,7 @@ import select
 import sys
 import time
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from ksmd.guard.context import Answer, Context, Counters, State
 from ksmd.kernel import userfaultfd
@@ -37,6 +38,7 @@ class Watch:
     def __init__(self, epoll: select.epoll, tell: Callable[[], None]) -> None:
         self.count = Counters()
         self.starved = 0
+        self.highest = 0  # of all ids, also those that were dropped
         self.unannounced: dict[int, Context] = {}
         self.gone: list[int] = []
         self._epoll = epoll
@@ -90,13 +92,24 @@ class Watch:
         """Give the target's own context; KeyError."""
         return self._roots[target]
 
-    def add(self, fd: int, target: int, key: int, ranges: Ranges) -> None:
+    def add(
+        self,
+        fd: int,
+        target: int,
+        key: int,
+        ranges: Ranges,
+        track: int = -1,
+        about: dict[str, Any] | None = None,
+    ) -> None:
         """Take over a context: of a target (key 0) or of a child. Ours to close from then on.
 
-        OSError, and nothing done, when it is no context or one without its UFFDIO_API handshake.
+        *track* is the target's tracking context, which is only held; *about* is kept for a later
+        owner. OSError, and nothing done, when *fd* is no context or had no UFFDIO_API handshake.
         """
         userfaultfd.wake_all(fd)
         context = Context(fd, target, key, self.count)
+        context.track, context.about = track, about or {}
+        self.highest = max(self.highest, target)
         for start, end in ranges:
             context.extend(start, end)
         self._next_key = max(self._next_key, key + 1)
@@ -168,6 +181,8 @@ class Watch:
         if self.unannounced.pop(context.fd, None) is None and context.key:
             self.gone.append(context.key)
         os.close(context.fd)
+        if context.track >= 0:
+            os.close(context.track)
 
     def _bury(self, context: Context) -> None:
         if not self._holds(context):

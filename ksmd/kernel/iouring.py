@@ -10,6 +10,11 @@ nor migrated, and the one way to such a pin that needs no device is a registered
 A ring has a sparse table of buffers; a slot is set by a pin and cleared by its unpin. More rings
 are made as they are needed. Pins live until unpin or close, also after the memory was unmapped, and
 they count in VmPin of our status.
+
+A pin can be made of writable memory only, and nobody can map an extent writable again once it is
+sealed. So the pins of an earlier daemon cannot be made anew: they are adopted with their rings,
+which any holder may use to take them off. New pins go into rings of our own, since those of an old
+ring would be charged to the process that made it.
 """
 
 from __future__ import annotations
@@ -17,6 +22,8 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import secrets
+from collections.abc import Iterable, Mapping
 from types import TracebackType
 
 from ksmd.kernel import libc
@@ -103,7 +110,9 @@ class PinRing:
 
     def __init__(self) -> None:
         self._free: list[tuple[int, int]] = []
-        self._rings: list[int] = []
+        self._rings: dict[int, int] = {}  # name -> fd
+        self._adopted: set[int] = set()  # fds
+        self._drops = False
         self._pins: dict[int, list[tuple[int, int]]] = {}
         self._next_token = 1
         self._grow()
@@ -122,12 +131,48 @@ class PinRing:
     @property
     def fds(self) -> list[int]:
         """The rings' descriptors: while any process holds one, its pins last."""
-        return list(self._rings)
+        return list(self._rings.values())
+
+    @property
+    def named(self) -> dict[int, int]:
+        """The rings' descriptors by names that no other ring will ever have."""
+        return dict(self._rings)
+
+    def slots(self, token: int) -> list[tuple[int, int]]:
+        """Give (name of the ring, slot) of every part of a pin: what :meth:`adopt` needs."""
+        names = {fd: name for name, fd in self._rings.items()}
+        return [(names[fd], slot) for fd, slot in self._pins[token]]
+
+    def adopt(self, rings: Mapping[int, int]) -> None:
+        """Take in rings of an earlier daemon, by name; their descriptors are ours from then on."""
+        self._rings |= rings
+        self._adopted |= set(rings.values())
+
+    def adopt_pin(self, slots: Iterable[tuple[int, int]]) -> int:
+        """Take in one pin of adopted rings, as :meth:`slots` gave it; the token that unpins it.
+
+        KeyError when one of its rings was not adopted.
+        """
+        return self._note([(self._rings[name], slot) for name, slot in slots])
+
+    def drop_empty(self) -> None:
+        """Close adopted rings of which no pin is known, from now on as soon as that is so.
+
+        Not to be called where an adopted ring may hold pins that nobody could name.
+        """
+        self._drops = True
+        used = {fd for pin in self._pins.values() for fd, _ in pin}
+        for name, fd in list(self._rings.items()):
+            if fd in self._adopted - used:
+                os.close(fd)
+                self._adopted.discard(fd)
+                del self._rings[name]
 
     def close(self) -> None:
-        """Take every pin off."""
-        for fd in self._rings:
+        """Take every pin off, unless another process holds the rings too."""
+        for fd in self._rings.values():
             os.close(fd)
+        self._adopted.clear()
         self._rings.clear()
         self._free.clear()
         self._pins.clear()
@@ -137,7 +182,7 @@ class PinRing:
             fd = _setup()
         except OSError as error:
             raise _explain(error) from error
-        self._rings.append(fd)
+        self._rings[secrets.randbits(62)] = fd
         self._free.extend((fd, slot) for slot in reversed(range(SLOTS)))
 
     def pin(self, address: int, length: int) -> int:
@@ -159,14 +204,19 @@ class PinRing:
         except KsmdError:
             self._clear(taken)
             raise
+        return self._note(taken)
+
+    def _note(self, slots: list[tuple[int, int]]) -> int:
         token = self._next_token
         self._next_token += 1
-        self._pins[token] = taken
+        self._pins[token] = slots
         return token
 
     def unpin(self, token: int) -> None:
         """Take the pin *token* off. KeyError when there is none."""
         self._clear(self._pins.pop(token))
+        if self._drops:
+            self.drop_empty()
 
     def _clear(self, slots: list[tuple[int, int]]) -> None:
         for fd, slot in slots:
@@ -174,4 +224,5 @@ class PinRing:
                 _update(fd, slot, 0, 0)
             except OSError as error:
                 raise _explain(error) from error
-            self._free.append((fd, slot))
+            if fd not in self._adopted:
+                self._free.append((fd, slot))

@@ -46,9 +46,10 @@ _COLLAPSE_TRIES = 3
 class ExtentMap:
     """An extent as its owner holds it.
 
-    ``address``: our writable mapping of the file's first ``npages`` pages (a 2 MiB boundary when
-    the extent was made huge). ``fd_ro``: the read-only descriptor, ours to close by
-    :func:`release`. ``device`` (major, minor) and ``inode`` are what maps shows of it everywhere.
+    ``address``: our mapping of the file's first ``npages`` pages (a 2 MiB boundary when the extent
+    was made huge), writable where we made the extent. ``fd_ro``: the read-only descriptor, ours to
+    close by :func:`release`. ``device`` (major, minor) and ``inode`` are what maps shows of it
+    everywhere.
     """
 
     address: int
@@ -86,9 +87,9 @@ def _memfd(name: str) -> int:
         return os.memfd_create(name, flags)
 
 
-def _map(fd: int, length: int, huge: bool) -> int:
+def _map(fd: int, length: int, huge: bool, prot: int = libc.PROT_READ | libc.PROT_WRITE) -> int:
     if not huge:
-        return libc.mmap(0, length, libc.PROT_READ | libc.PROT_WRITE, libc.MAP_SHARED, fd)
+        return libc.mmap(0, length, prot, libc.MAP_SHARED, fd)
     spare = length + HUGE_PAGE_SIZE
     flags = libc.MAP_PRIVATE | libc.MAP_ANONYMOUS | libc.MAP_NORESERVE
     base = libc.mmap(0, spare, libc.PROT_NONE, flags)
@@ -97,7 +98,7 @@ def _map(fd: int, length: int, huge: bool) -> int:
         libc.mmap(
             address,
             length,
-            libc.PROT_READ | libc.PROT_WRITE,
+            prot,
             libc.MAP_SHARED | libc.MAP_FIXED,
             fd,
         )
@@ -148,6 +149,23 @@ def create_extent(name: str, npages: int, huge: bool) -> ExtentMap:
         os.close(fd)
     device = (os.major(found.st_dev), os.minor(found.st_dev))
     return ExtentMap(address, npages, fd_ro, device, found.st_ino)
+
+
+def map_existing(fd: int, npages: int, huge: bool) -> ExtentMap:
+    """Map an extent that an earlier daemon made, read-only; *fd* becomes its ``fd_ro``.
+
+    KsmdError when it is no extent: without the seals its content could have changed.
+    """
+    try:
+        sealed = fcntl.fcntl(fd, F_GET_SEALS) & SEALS == SEALS
+        found = os.fstat(fd)
+        if not sealed or found.st_size != FILE_SIZE:
+            raise KsmdError("what was left as an extent of the store is none")
+        address = _map(fd, npages * PAGE_SIZE, huge, libc.PROT_READ)
+    except OSError as error:
+        raise _translate(error, "map again") from error
+    device = (os.major(found.st_dev), os.minor(found.st_dev))
+    return ExtentMap(address, npages, fd, device, found.st_ino)
 
 
 def _collapse(address: int) -> bool:

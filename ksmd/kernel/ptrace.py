@@ -8,6 +8,7 @@ Request numbers as in include/uapi/linux/ptrace.h.
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 from dataclasses import dataclass
 from typing import Final
@@ -23,6 +24,8 @@ from ptrace.binding.func import (
 )
 from ptrace.binding.func import ptrace as _ptrace
 
+from ksmd.kernel import procfs
+
 GETREGS: Final = 12
 SETREGS: Final = 13
 GETREGSET: Final = 0x4204
@@ -35,6 +38,7 @@ GET_RSEQ_CONFIGURATION: Final = 0x420F
 
 EVENT_STOP: Final = 128
 O_SUSPEND_SECCOMP: Final = 1 << 21
+_SYS_ADMIN: Final = 21
 NT_X86_XSTATE: Final = 0x202
 SYSCALL_STOP: Final = 0x85  # SIGTRAP | 0x80, with PTRACE_O_TRACESYSGOOD
 
@@ -86,9 +90,21 @@ def _request(command: int, tid: int, address: int = 0, data: int = 0) -> int:
         raise OSError(code, f"ptrace {command:#x} on {tid}: {os.strerror(code)}") from None
 
 
-def seize(tid: int, options: int = O_SUSPEND_SECCOMP | PTRACE_O_TRACESYSGOOD) -> None:
-    """Attach without stopping. SUSPEND_SECCOMP needs CAP_SYS_ADMIN."""
+def seize(tid: int, options: int | None = None) -> None:
+    """Attach without stopping; filters are suspended where that is possible."""
+    if options is None:
+        options = PTRACE_O_TRACESYSGOOD | (O_SUSPEND_SECCOMP if may_suspend_seccomp() else 0)
     _request(SEIZE, tid, 0, options)
+
+
+@functools.cache
+def may_suspend_seccomp() -> bool:
+    """Tell whether we may suspend and read the filters of others (kernel/ptrace.c, seccomp.c).
+
+    That takes CAP_SYS_ADMIN, and no filter on ourselves.
+    """
+    fields = procfs.status_fields(os.getpid())
+    return fields.get("Seccomp", "0") == "0" and bool(int(fields["CapEff"], 16) >> _SYS_ADMIN & 1)
 
 
 def interrupt(tid: int) -> None:

@@ -203,12 +203,16 @@ def frozen(pid: int) -> bool:
 
 def coredump_filter(pid: int) -> int:
     """Read which kinds of mapping a core dump of *pid* holds (bits, core(5))."""
-    return int(procfs.read_process(pid, "coredump_filter"), 16)
+    # no task has this file in its own directory, but /proc/TID is there for every task
+    bits = procfs.read_process(procfs.live_tid(pid), "coredump_filter")
+    if not bits.strip():  # the task has let go of its memory meanwhile
+        raise TargetGoneError(f"process {pid} has exited")
+    return int(bits, 16)
 
 
 def set_coredump_filter(pid: int, bits: int) -> None:
     """Choose them. Merged pages are file-backed private: bit 2 keeps them in core dumps."""
-    procfs.write_process(pid, "coredump_filter", f"{bits:#x}")
+    procfs.write_process(procfs.live_tid(pid), "coredump_filter", f"{bits:#x}")
 
 
 def set_oom_score_adj(pid: int, value: int) -> None:
@@ -242,14 +246,19 @@ def is_x86_64_elf(pid: int) -> bool:
     from auxv. Kernel threads and zombies have neither: False.
     """
     try:
-        with Path(f"/proc/{pid}/exe").open("rb") as file:
+        exe, auxv_path = procfs.task_path(pid, "exe"), procfs.task_path(pid, "auxv")
+    except TargetGoneError:
+        procfs.start_time(pid)  # it exists, and has no memory
+        return False
+    try:
+        with Path(exe).open("rb") as file:
             return is_x86_64_header(file.read(20))
     except OSError:
         pass
     try:
-        auxv = procfs.read_process(pid, "auxv")
+        auxv = procfs.read_file(auxv_path, f"process {pid}")
     except TargetGoneError:
-        procfs.start_time(pid)  # it exists, and has no memory
+        procfs.start_time(pid)
         return False
     pairs = dict(struct.iter_unpack("<QQ", auxv[: len(auxv) // 16 * 16]))
     return pairs.get(_AT_PHENT) == _ELF64_PHENT

@@ -34,6 +34,7 @@ class Reason(StrEnum):
     PRIVILEGE = "privilege"
     POISONED = "poisoned"
     NO_GUARD = "no-guard"
+    UNGUARDED = "unguarded"
     RELEASED = "released"
     # the VMA
     FILE_BACKED = "file-backed"
@@ -93,6 +94,8 @@ SENTENCES: dict[Reason, str] = {
     Reason.PRIVILEGE: "ksmd lacks a capability for this process (CAP_SYS_PTRACE, CAP_SYS_ADMIN)",
     Reason.POISONED: "an undo failed in this process; it runs on, and ksmd leaves it alone",
     Reason.NO_GUARD: "without a working guard nothing is merged (see `ksmctl features`)",
+    Reason.UNGUARDED: "it maps the store and nobody guards it (a pager and its daemon died): memory"
+    " that it drops may read as before; ksmd gives its pages back as soon as it can",
     Reason.RELEASED: "somebody asked for its pages back; `ksmctl resume` lets it merge again",
     Reason.FILE_BACKED: "the mapping belongs to a file",
     Reason.SHARED_MAPPING: "the mapping is shared already (MAP_SHARED)",

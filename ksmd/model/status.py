@@ -44,3 +44,4 @@ class Status:
     headroom_bytes: int = 0
     refusals: dict[str, int] = field(default_factory=dict)
     targets: list[TargetStatus] = field(default_factory=list)
+    sources: dict[str, str] = field(default_factory=dict)

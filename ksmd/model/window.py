@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import IntEnum
+from enum import IntEnum, IntFlag
 
 from ksmd.model.process import TargetId
 from ksmd.model.refusal import Reason
@@ -18,14 +18,26 @@ class Op(IntEnum):
     REMERGE = 3
 
 
+class Advice(IntFlag):
+    """What a program has said of its memory by madvise(2), and new memory must be told again."""
+
+    NONE = 0
+    DONTFORK = 2
+    DONTDUMP = 4
+
+
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One run: ``start``, ``length`` in bytes of the target; ``offset`` in bytes of the extent."""
+    """One run: ``start``, ``length`` in bytes of the target; ``offset`` in bytes of the extent.
+
+    ``advice`` is for UNMERGE, which makes new memory. (That a range is locked the stub finds out.)
+    """
 
     op: Op
     start: int
     length: int
     offset: int = 0
+    advice: Advice = Advice.NONE
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +68,16 @@ class WindowRequest:
 
 @dataclass(frozen=True, slots=True)
 class WindowResult:
-    """``refused`` is set when the target was let go without a change."""
+    """``refused`` is set when the target was let go without a change.
+
+    ``lost``: the tracer ended in the window, so its stub may be at work yet.
+    """
 
     target: TargetId
     outcomes: tuple[Outcome, ...] = ()
     refused: Reason | None = None
     detail: str = ""
+    lost: bool = False
     threads: int = 0
     stop_us: float = 0.0
     total_us: float = 0.0

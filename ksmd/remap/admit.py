@@ -33,7 +33,7 @@ def admit(
             admitted.append(
                 stub.StubRecord(
                     record.op, record.start, record.length, record.offset, 0, prot,
-                    stub.NOHUGEPAGE if huge else 0,
+                    (stub.NOHUGEPAGE if huge else 0) | record.advice,
                 )
             )  # fmt: skip
     return admitted, dropped

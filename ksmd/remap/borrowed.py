@@ -32,10 +32,13 @@ if TYPE_CHECKING:
 
 _STUB_STACK: Final = 16384
 _MAP_SCRATCH: Final = 0x100022  # MAP_FIXED_NOREPLACE | MAP_ANONYMOUS | MAP_PRIVATE
-_RWX: Final = 7
+_MAP_OVER: Final = 0x32  # MAP_FIXED | MAP_ANONYMOUS | MAP_PRIVATE
+_READ_EXEC: Final = 5
+_READ_WRITE: Final = 3
 _MMAP: Final = 9
 _MUNMAP: Final = 11
 _WALL: Final = 0x40000000
+_SI_TKILL: Final = -6
 _ALL: Final = (1 << 64) - 1
 _TRAP_AND_RESUME_FLAGS: Final = 0x10100  # TF | RF in eflags
 
@@ -77,7 +80,7 @@ class Borrowed:
         self._gadgets = found
         self._xstate = xstate
         self._mask = ptrace.getsigmask(thread.tid)
-        self._marker = marker_signal(session.pid)
+        self._marker = marker_signal(session.pid, thread.tid)
         self._changed = False
         self._running = False
         self._phase = 0
@@ -131,7 +134,7 @@ class Borrowed:
             return  # a group stop traps once more; resuming is all it needs
         if number in (signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGSYS, signal.SIGFPE):
             raise StubLostError(signal.Signals(number).name)
-        if number == signal.SIGSTOP:
+        if number in (signal.SIGSTOP, self._marker):
             self._session.resend.add(number)
 
     def _set(self, **values: int) -> None:
@@ -147,7 +150,7 @@ class Borrowed:
         self._set(
             rax=number,
             rip=self._gadgets.syscall_ret,
-            rsp=self._anchor.address + frame.F1_OFFSET,
+            rsp=self._anchor.address,
             **dict(zip(names, args, strict=False)),
         )
         ptrace.setsigmask(self._thread.tid, _ALL & ~(1 << (self._marker - 1)))
@@ -155,8 +158,12 @@ class Borrowed:
         self._syscall_stop()
         return ptrace.getregs(self._thread.tid).signed("rax")
 
-    def _map_scratch(self, length: int) -> int:
-        """Lay down the way home, then map memory for the stub: its address."""
+    def _map_scratch(self, code: int, length: int) -> int:
+        """Lay down the way home, then map memory for the stub: its address.
+
+        The first *code* bytes are executable, the rest is writable, nothing is both: a program that
+        denies itself such memory (PR_SET_MDWE) is no obstacle. The code is written past protection.
+        """
         again = frame.interrupted_call(
             self._thread.registers, remembered_call(self._session.pid, self._thread.tid)
         )
@@ -168,10 +175,15 @@ class Borrowed:
                 (address, length),
             )  # fmt: skip
             self._session.memory.write(self._anchor.address, home)
-            got = self._call(_MMAP, address, length, _RWX, _MAP_SCRATCH, -1, 0)
-            if got == address:
-                self._scratch = (address, length)
+            got = self._call(_MMAP, address, length, _READ_EXEC, _MAP_SCRATCH, -1, 0)
+            if got != address:
+                continue
+            self._scratch = (address, length)
+            data = address + code
+            got = self._call(_MMAP, data, length - code, _READ_WRITE, _MAP_OVER, -1, 0)
+            if got == data:
                 return address
+            break
         raise RefusedError(Reason.WINDOW_FAILED, f"mmap of scratch memory: {os.strerror(-got)}")
 
     def run(
@@ -185,10 +197,11 @@ class Borrowed:
         """Map scratch memory, start the stub, hand it its descriptors and read its results."""
         memory = self._session.memory
         code = stub.code()
-        header_at = libc.page_ceil(len(code)) + _STUB_STACK
+        code_length = libc.page_ceil(len(code))
+        header_at = code_length + _STUB_STACK
         records_at = header_at + libc.page_ceil(stub.HEADER_SIZE)
         length = libc.page_ceil(records_at + len(records) * stub.RECORD.size)
-        base = self._map_scratch(length)
+        base = self._map_scratch(code_length, length)
         header_at, records_at = base + header_at, base + records_at
         fds = [device] if mode == stub.MODE_SETUP else self._descriptors(records, contexts)
         header = stub.pack_header(
@@ -198,7 +211,7 @@ class Borrowed:
             nrecords=len(records),
             marker=self._marker,
             gadget=self._gadgets.syscall_ret,
-            frame=self._anchor.address,
+            frame=self._anchor.address + frame.F2_OFFSET,
             scratch=base,
             scratch_len=length,
             nfds=len(fds),
@@ -230,11 +243,16 @@ class Borrowed:
         while self._phase < phase:
             ptrace.cont(tid)
             event, number = self._wait()
-            if event == 0 and number == self._marker:
-                # else the same signal from elsewhere: ignored by default, so dropped
+            if event == 0 and number == self._marker and self._is_ours(header_at):
                 self._phase = struct.unpack("=q", self._session.memory.read(at, 8))[0]
-                continue
-            self._keep_signal(event, number)
+            else:
+                self._keep_signal(event, number)
+
+    def _is_ours(self, header_at: int) -> bool:
+        """Tell the stub's tgkill(2) of itself from the same signal sent by anyone else."""
+        info = ptrace.getsiginfo(self._thread.tid)
+        code, sender = struct.unpack_from("=i4xi", info, 8)
+        return bool(code == _SI_TKILL and sender == self._field(header_at, "pid"))
 
     def _field(self, header_at: int, name: str) -> int:
         data = self._session.memory.read(header_at + stub.field_offset(name), 8)
@@ -298,7 +316,7 @@ def _layout(records: list[stub.StubRecord]) -> dict[str, int]:
     end = max((record.offset + record.length for record in stored), default=0)
     return {
         "aside_len": at,
-        "fresh_len": at if records[0].op is Op.UNMERGE else 0,
+        "fresh_len": at,
         "store_offset": offset,
         "store_len": end - offset,
         "wake_start": start,

@@ -29,12 +29,13 @@ class TargetContexts:
 
 
 class RefusedTargetError(Exception):
-    """The target as a whole is refused."""
+    """The target as a whole is refused. ``lost``: the tracer ended, perhaps with a stub at work."""
 
-    def __init__(self, reason: Reason, detail: str = "") -> None:
+    def __init__(self, reason: Reason, detail: str = "", *, lost: bool = False) -> None:
         super().__init__(reason, detail)
         self.reason = reason
         self.detail = detail
+        self.lost = lost
 
 
 class Engine:
@@ -52,7 +53,7 @@ class Engine:
         self._ours.settimeout(_REPLY_SECONDS)
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "ksmd.remap.tracer", str(theirs.fileno())],
+                [sys.executable, "-P", "-m", "ksmd.remap.tracer", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
             )
@@ -102,7 +103,15 @@ class Engine:
         self._process = None
         if status == EXIT_UNSTOPPABLE:
             return RefusedTargetError(Reason.UNSTOPPABLE)
-        return RefusedTargetError(Reason.WINDOW_FAILED, f"the tracer ended with status {status}")
+        detail = f"the tracer ended with status {status}"
+        return RefusedTargetError(Reason.WINDOW_FAILED, detail, lost=True)
+
+    def check(self, target: TargetId, deadline_ms: float) -> None:
+        """See that nothing of an earlier window is at work in *target*: one stop, no change.
+
+        RefusedTargetError where something is, or where it cannot be seen now.
+        """
+        self._ask(self._header("check", target, deadline_ms))
 
     def seccomp_filters(
         self, target: TargetId, deadline_ms: float
@@ -130,20 +139,26 @@ class Engine:
     def window(
         self,
         request: WindowRequest,
-        contexts: TargetContexts,
+        contexts: TargetContexts | None,
         store: int = -1,
         *,
         huge: bool = False,
         fail: tuple[int, int, int] = (0, 0, 0),
     ) -> WindowResult:
-        """Carry out one stop window. *store* is the extent's read-only descriptor."""
+        """Carry out one stop window. *store* is the extent's read-only descriptor.
+
+        Without *contexts* it can only unmerge, where nobody guards what is merged.
+        """
         header = self._header("window", request.target, request.deadline_ms)
         header |= {"inode": request.extent_inode, "huge": huge, "fail": fail}
-        fds = (contexts.track, contexts.guard) + ((store,) if store >= 0 else ())
+        fds = [] if contexts is None else [contexts.track, contexts.guard]
+        fds += [store] if store >= 0 else []
         try:
-            reply, data, _ = self._ask(header, wire.pack_records(request.records), fds)
+            reply, data, _ = self._ask(header, wire.pack_records(request.records), tuple(fds))
         except RefusedTargetError as error:
-            return WindowResult(request.target, refused=error.reason, detail=error.detail)
+            return WindowResult(
+                request.target, refused=error.reason, detail=error.detail, lost=error.lost
+            )
         dropped = {int(index): Reason(reason) for index, reason in reply["dropped"].items()}
         outcomes = tuple(
             Outcome(record, result, stage, dropped.get(index) or _reason(record.op, result, stage))

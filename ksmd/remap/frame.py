@@ -3,9 +3,13 @@
 They lie in the *anchor*, the far end of the main stack, before the thread's first register is
 changed. From then on whatever the thread runs ends in them:
 
-* F2, at the anchor: a frame for rt_sigreturn(2) with all registers, the signal mask and the x87,
+* F1, at the anchor: munmap(scratch), then F2. It is where the first system call returns to.
+* F2, 512 bytes above: a frame for rt_sigreturn(2) with all registers, the signal mask and the x87,
   SSE and AVX state of the interrupted thread.
-* F1, 512 bytes above: munmap(scratch), then F2. It is where the first system call returns to.
+
+F1 is the lower one because of the instant between the first change of the registers and that of the
+signal mask: a tracer that dies there leaves a thread that may take a signal at once, and the kernel
+lays a handler's frame down below the stack pointer. That must not be where F2 is.
 
 A system call that was interrupted is made again from the start (its original number, not
 restart_syscall: rt_sigreturn clears the kernel's restart block), so after the death of a tracer a
@@ -23,7 +27,7 @@ from typing import Final
 from ksmd.kernel.ptrace import Registers
 from ksmd.model.units import PAGE_SIZE
 
-F1_OFFSET: Final = 512
+F2_OFFSET: Final = 512
 _XSTATE_OFFSET: Final = 1024
 _FP_XSTATE_MAGIC1: Final = 0x46505853
 _FP_XSTATE_MAGIC2: Final = 0x46505845
@@ -112,7 +116,7 @@ class Gadgets:
 def is_ours(content: bytes, gadgets: Gadgets) -> bool:
     """Tell whether *content*, from the end of a stack, are frames of an earlier window."""
     restorer = struct.pack("=Q", gadgets.restorer)
-    return content.startswith(restorer) and content[F1_OFFSET : F1_OFFSET + 8] == restorer
+    return content.startswith(restorer) and content[F2_OFFSET : F2_OFFSET + 8] == restorer
 
 
 def build(
@@ -137,13 +141,13 @@ def build(
         "rdi": scratch[0],
         "rsi": scratch[1],
         "rax": _MUNMAP,
-        "rsp": anchor,
+        "rsp": anchor + F2_OFFSET,
         "rip": gadgets.syscall_ret,
         "eflags": _EFLAGS_PLAIN,
     }
     f1 = restorer + _ucontext(clean, segments, _UC_FLAGS, _ALL_BLOCKED, 0)
     return (
-        f2.ljust(F1_OFFSET, b"\0")
-        + f1.ljust(_XSTATE_OFFSET - F1_OFFSET, b"\0")
+        f1.ljust(F2_OFFSET, b"\0")
+        + f2.ljust(_XSTATE_OFFSET - F2_OFFSET, b"\0")
         + _xstate_for_sigreturn(xstate)
     )

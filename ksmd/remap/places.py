@@ -100,8 +100,11 @@ def _touched(memory: Memory, address: int, npages: int) -> bool:
 
 
 def refuse_stale_stub(stopped: Stopped, anchor: Anchor) -> None:
-    """An earlier tracer's stub on its way home still needs its frame."""
-    top = anchor.address + anchor.npages * PAGE_SIZE
+    """An earlier tracer's stub on its way home still needs its frame.
+
+    It may be in a signal handler then, whose frames lie at that end of the main stack too.
+    """
+    top = anchor.address + anchor.npages * PAGE_SIZE + _STACK_DEPTH_KEPT
     for thread in stopped.threads.values():
         rip, rsp = thread.registers.field("rip"), thread.registers.field("rsp")
         in_scratch = SCRATCH <= rip < SCRATCH + SCRATCH_TRIES * SCRATCH_STEP

@@ -43,7 +43,8 @@ class Session:
                 raise RefusedError(Reason.GONE)
             self._memory = Memory(self.pid, writable=True)
             self.tid = self._memory.tid
-            self.pidfd = os.pidfd_open(self.pid)
+            # PIDFD_THREAD, Linux 6.9: a first thread that has ended has no descriptor table
+            self.pidfd = os.pidfd_open(self.tid, os.O_EXCL if self.tid != self.pid else 0)
         except BaseException:
             self.__exit__()
             raise
@@ -113,6 +114,28 @@ class Session:
                 busy.add(tid)
         return busy
 
+    def _rseq_within(self, records: list[stub.StubRecord]) -> set[int]:
+        """Threads whose struct rseq lies in a record.
+
+        The kernel writes it on the way to user mode, where the run in quarantine would make the
+        borrowed thread wait for itself.
+        """
+        busy = set()
+        for tid in self.stopped.threads:
+            address, size = self._rseq(tid)
+            if address and any(
+                r.start < address + size and address < r.start + r.length for r in records
+            ):
+                busy.add(tid)
+        return busy
+
+    def refuse_stale_stub(self) -> None:
+        """Raise RefusedError while an earlier tracer's stub is at work; nothing is changed."""
+        found, stack = places.find(self.pid, self.memory)
+        xstate = ptrace.getxstate(next(iter(self.stopped.threads)))
+        anchor = places.find_anchor(self.stopped, self.memory, stack, len(xstate), found)
+        places.refuse_stale_stub(self.stopped, anchor)
+
     def run_stub(
         self,
         records: list[stub.StubRecord],
@@ -127,7 +150,7 @@ class Session:
         *fail* is (step, errno, record) for tests.
         """
         found, stack = places.find(self.pid, self.memory)
-        thread = choose(self.stopped, self._inside_rseq())
+        thread = choose(self.stopped, self._inside_rseq() | self._rseq_within(records))
         xstate = ptrace.getxstate(thread.tid)
         anchor = places.find_anchor(self.stopped, self.memory, stack, len(xstate), found)
         places.refuse_stale_stub(self.stopped, anchor)

@@ -19,6 +19,7 @@ from typing import Final
 
 from ksmd.kernel import procfs, ptrace
 from ksmd.kernel.ptrace import Registers
+from ksmd.model.errors import KsmdError, TargetGoneError
 from ksmd.model.refusal import Reason
 from ksmd.remap.frame import ERESTART_RESTARTBLOCK, NR_RESTART_SYSCALL
 
@@ -70,14 +71,29 @@ class Stopped:
     threads: dict[int, Thread] = field(default_factory=dict)
 
     def release(self) -> None:
-        """Detach every thread, with the signal that it was about to receive."""
+        """Detach every thread, with the signal that it was about to receive.
+
+        One that is alive and cannot be detached stands in a freezer of its cgroup: it would stay
+        ours, with our registers. DeadlineError then, for the tracer's end lets go of it.
+        """
         for thread in self.threads.values():
             try:
                 ptrace.detach(thread.tid, thread.signal)
             except OSError as error:
-                if error.errno != errno.ESRCH:  # killed meanwhile: nothing to detach
+                if error.errno != errno.ESRCH:
                     raise
+                if _is_ours(self.pid, thread.tid):
+                    raise DeadlineError from error
         self.threads.clear()
+
+
+def _is_ours(pid: int, tid: int) -> bool:
+    """Whether a thread that does not answer lives on, traced by us; else it was killed."""
+    try:
+        fields = procfs.status_fields(pid, tid)
+    except KsmdError:
+        return False
+    return fields["State"][0] not in procfs.DEAD_STATES and fields["TracerPid"] == str(os.getpid())
 
 
 #: The original number of a system call that sits in restart_syscall now, by (pid, tid).
@@ -183,12 +199,27 @@ def stop(pid: int) -> Stopped:
                     stopped.threads[tid] = thread
             if not seized:
                 break
+        _refuse_filtered(stopped)
     except RefusedError:
         stopped.release()
         raise
     if not stopped.threads:
         raise RefusedError(Reason.GONE)
     return stopped
+
+
+def _refuse_filtered(stopped: Stopped) -> None:
+    """Refuse a target with a seccomp filter that stays awake: it might kill it for the stub."""
+    if ptrace.may_suspend_seccomp():
+        return
+    for tid in stopped.threads:
+        try:
+            mode = procfs.status_fields(stopped.pid, tid).get("Seccomp", "0")
+        except TargetGoneError:  # killed while it was stopped
+            continue
+        if mode != "0":
+            why = "ksmd is filtered itself, or lacks CAP_SYS_ADMIN: ksmd.safety(7)"
+            raise RefusedError(Reason.SECCOMP, why)
 
 
 def choose(stopped: Stopped, rseq_busy: set[int]) -> Thread:
@@ -213,11 +244,14 @@ def choose(stopped: Stopped, rseq_busy: set[int]) -> Thread:
     return fit[0]
 
 
-def marker_signal(pid: int) -> int:
-    """Choose a signal that does nothing when it is not caught, and is not caught here."""
-    status = procfs.read_process(pid, "status")
-    caught = int(status[status.index(b"SigCgt:") + 7 :].split(None, 1)[0], 16)
-    for number in (signal.SIGURG, signal.SIGWINCH, signal.SIGCONT, signal.SIGCHLD):
-        if not caught >> (number - 1) & 1:
+def marker_signal(pid: int, tid: int) -> int:
+    """Choose a signal that does nothing when it is not caught, and is not caught here.
+
+    Nor may it wait already, blocked, for someone who will ask for it (sigwait, signalfd).
+    """
+    fields = procfs.status_fields(pid, tid)
+    used = int(fields["SigCgt"], 16) | int(fields["SigPnd"], 16) | int(fields["ShdPnd"], 16)
+    for number in (signal.SIGURG, signal.SIGWINCH, signal.SIGCHLD):
+        if not used >> (number - 1) & 1:
             return int(number)
     raise RefusedError(Reason.NO_THREAD, "every signal that could mark progress is in use")

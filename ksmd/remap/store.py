@@ -125,6 +125,16 @@ class Store:
         self.extents[plan.extent] = extent
         return extent
 
+    def adopt(self, number: int, made: ExtentMap, phase: int, huge: bool, token: int) -> Extent:
+        """Take in an extent of an earlier daemon; *token* is its pin.
+
+        Nothing of it is shared further until its ``checksums`` and ``good`` have been set.
+        """
+        npages = made.npages - phase
+        none = np.zeros(npages, np.uint32), np.zeros(npages, np.bool_)
+        extent = self.extents[number] = Extent(number, made, phase, huge, *none, token)
+        return extent
+
     def _fill(self, made: ExtentMap, plan: ExtentPlan, copy: Copy) -> NDArray[np.bool_]:
         view = libc.view(made.address + (plan.phase << PAGE_SHIFT), plan.npages << PAGE_SHIFT)
         at = 0

@@ -22,8 +22,13 @@
  *  - UFFDIO_MOVE may answer EEXIST although it moved pages (Linux 6.18); what it reports is then not
  *    to be trusted, so every page is moved back singly and the quarantine is looked at with mincore.
  *  - A page that the program dropped has no page table entry. In a mapping of the store without a
- *    guard it would read as store content, so presence is read from pagemap before such a page is
- *    looked at, never by touching it.
+ *    guard it would read as store content. So a run that is to be lifted first has every such page
+ *    filled with zeros, while the guard still stands: between the guard and the quarantine, and on
+ *    the way back, another process might touch it. Presence is read from pagemap, never by touching.
+ *  - From the mmap on, other processes write to the new mapping. If a later step fails, what they
+ *    wrote there is taken along before the quarantine goes home.
+ *  - mremap wants room for some mappings even where it needs none; at vm.max_map_count the way back
+ *    would be barred. Spare mappings, made before anything is touched, are given up for it.
  */
 
 typedef unsigned long u64;
@@ -38,11 +43,14 @@ typedef unsigned char u8;
 enum { SYS_mmap = 9, SYS_mprotect = 10, SYS_munmap = 11, SYS_ioctl = 16, SYS_pread64 = 17,
        SYS_mremap = 25, SYS_mincore = 27, SYS_madvise = 28, SYS_getpid = 39, SYS_socket = 41,
        SYS_recvmsg = 47, SYS_close = 3, SYS_gettid = 186, SYS_tgkill = 234, SYS_prlimit64 = 302 };
-enum { EAGAIN = 11, ENOMEM = 12, EEXIST = 17, EMFILE = 24, ENODATA = 61, EOWNERDEAD = 130 };
+/* Made only where the program has locked memory itself, so no filter is asked about them. */
+enum { RARE_mlock = 149, RARE_munlock = 150 };
+enum { EAGAIN = 11, ENOMEM = 12, EEXIST = 17, EINVAL = 22, EMFILE = 24, ENODATA = 61, EOWNERDEAD = 130 };
 enum { PROT_NONE = 0, PROT_READ = 1, PROT_RW = 3 };
 enum { MAP_SHARED = 1, MAP_PRIVATE = 2, MAP_FIXED = 0x10, MAP_ANON_NORESERVE = 0x4022 };
 enum { MREMAP_MAYMOVE = 1, MREMAP_FIXED = 2, MREMAP_DONTUNMAP = 4 };
-enum { MADV_NOHUGEPAGE = 15, MADV_POPULATE_READ = 22 };
+enum { MADV_DONTFORK = 10, MADV_NOHUGEPAGE = 15, MADV_DONTDUMP = 16, MADV_COLD = 20,
+       MADV_POPULATE_READ = 22, MADV_GUARD_INSTALL = 102 };
 enum { MODE_MISSING = 1, MODE_MINOR = 4, CONTINUE_DONTWAKE = 1, MOVE_ALLOW_HOLES = 2 };
 enum { AF_UNIX = 1, SOCK_DGRAM_CLOEXEC = 0x80002, RECV_FLAGS = 0x40000040, MSG_CTRUNC = 8 };
 enum { O_CLOEXEC_NONBLOCK = 02004000, RLIMIT_NOFILE = 7 };
@@ -51,6 +59,7 @@ enum { O_CLOEXEC_NONBLOCK = 02004000, RLIMIT_NOFILE = 7 };
 #define UFFDIO_REGISTER IOCTL(3u, 0x00u, 32u)
 #define UFFDIO_UNREGISTER IOCTL(2u, 0x01u, 16u)
 #define UFFDIO_WAKE IOCTL(2u, 0x02u, 16u)
+#define UFFDIO_ZEROPAGE IOCTL(3u, 0x04u, 32u)
 #define UFFDIO_MOVE IOCTL(3u, 0x05u, 40u)
 #define UFFDIO_CONTINUE IOCTL(3u, 0x07u, 32u)
 #define USERFAULTFD_IOC_NEW 0xAA00u
@@ -58,10 +67,11 @@ enum { O_CLOEXEC_NONBLOCK = 02004000, RLIMIT_NOFILE = 7 };
 #define PM_PRESENT (1UL << 63)
 #define PM_SWAPPED (1UL << 62)
 #define PM_FILE (1UL << 61)
+#define PM_GUARD (1UL << 58) /* MADV_GUARD_INSTALL, Linux 6.15 */
 
 enum { MODE_WINDOW = 0, MODE_SETUP = 1 };
 enum { OP_MERGE = 0, OP_ZERO = 1, OP_UNMERGE = 2, OP_REMERGE = 3 };
-enum { REC_NOHUGEPAGE = 1 };
+enum { REC_NOHUGEPAGE = 1, REC_DONTFORK = 2, REC_DONTDUMP = 4 };
 /* stages a record reaches; +100: undone, +200: the undo failed */
 enum { ST_NONE, ST_REGISTERED, ST_ASIDE, ST_EQUAL, ST_MAPPED, ST_FILLED, ST_GUARDED, ST_DONE };
 enum { UNDONE = 100, STUCK = 200 };
@@ -86,14 +96,15 @@ struct header {
     u64 done, keep;
     u64 aside, fresh, store_map, alive_map, pid, tid, rlimit_soft, rlimit_hard, rlimit_raised;
     u64 fail_step, fail_errno, fail_record; /* fault injection by tests; step 0: none */
+    u64 spare;
     u8 msghdr[64], iov[16], control[64], byte[16];
 };
 
 _Static_assert(sizeof(struct record) == 56, "stub.py packs 56 bytes");
 _Static_assert(__builtin_offsetof(struct header, phase) == 80, "stub.py reads phase at 80");
 _Static_assert(__builtin_offsetof(struct header, gadget) == 96, "the tail below");
-_Static_assert(__builtin_offsetof(struct header, msghdr) == 304, "stub.py packs msghdr at 304");
-_Static_assert(sizeof(struct header) == 464, "stub.py packs 464 bytes");
+_Static_assert(__builtin_offsetof(struct header, msghdr) == 312, "stub.py packs msghdr at 312");
+_Static_assert(sizeof(struct header) == 472, "stub.py packs 472 bytes");
 
 INLINE i64 call6(i64 nr, u64 a, u64 b, u64 c, u64 d, u64 e, u64 f)
 {
@@ -190,6 +201,40 @@ static int resident(u64 page)
     return call3(SYS_mincore, page, PAGE, (u64)vec) || (vec[0] & 1);
 }
 
+enum { SPARES = 12 };
+
+/* Some mappings that nothing needs. Neighbours with unlike protections stay two. */
+static i64 make_spares(struct header *h)
+{
+    i64 at = call6(SYS_mmap, 0, SPARES * PAGE, PROT_NONE, MAP_ANON_NORESERVE, -1, 0);
+    if (failed(at))
+        return at;
+    h->spare = at;
+    for (u64 i = 1; i < SPARES; i += 2) {
+        i64 ret = call3(SYS_mprotect, at + i * PAGE, PAGE, PROT_READ);
+        if (ret)
+            return ret;
+    }
+    return 0;
+}
+static void drop_spares(struct header *h)
+{
+    if (h->spare)
+        call3(SYS_munmap, h->spare, SPARES * PAGE, 0);
+    h->spare = 0;
+}
+
+/* mremap to a fixed place; after a failure for want of room no further record is begun. */
+static i64 put(struct header *h, u64 from, u64 length, u64 to)
+{
+    for (;;) {
+        i64 ret = call6(SYS_mremap, from, length, length, MREMAP_MAYMOVE | MREMAP_FIXED, to, 0);
+        if (ret != -ENOMEM || !h->spare)
+            return ret;
+        drop_spares(h);
+    }
+}
+
 /* Put a run back from quarantine. True when every page is home again. */
 static int move_back(struct header *h, struct record *r, u64 aside, u64 moved, i64 why)
 {
@@ -258,6 +303,25 @@ static i64 map_store(struct header *h, struct record *r)
     return ret == (i64)r->start ? 0 : ret;
 }
 
+/*
+ * The run is mapped to the store and a later step has failed: the quarantine, at `aside`, goes home.
+ * It equals the store, so a page that differs from it was written meanwhile, by another process.
+ */
+static void take_along(struct header *h, struct record *r, u64 aside)
+{
+    u64 fresh = h->fresh + r->aside;
+    uffd_unregister(h->guard, r->start, r->length);
+    if (uffd_register(h->track, r->start, r->length, MODE_MISSING | MODE_MINOR))
+        return;
+    i64 ret = call6(SYS_mremap, r->start, r->length, r->length,
+                    MREMAP_MAYMOVE | MREMAP_FIXED | MREMAP_DONTUNMAP, fresh, 0);
+    if (ret != (i64)fresh)
+        return;
+    for (u64 at = 0; at < r->length; at += PAGE)
+        if (differ((u64 *)(fresh + at), (u64 *)(aside + at), PAGE))
+            copy((u64 *)(aside + at), (u64 *)(fresh + at), PAGE);
+}
+
 /* Anonymous pages to the store (OP_MERGE), or away because they are zero (OP_ZERO). */
 static void merge(struct header *h, struct record *r)
 {
@@ -301,8 +365,8 @@ static void merge(struct header *h, struct record *r)
     ret = fill_and_guard(h, r);
     r->result = ret;
     if (ret) {
-        i64 to = call6(SYS_mremap, aside, r->length, r->length, MREMAP_MAYMOVE | MREMAP_FIXED,
-                       r->start, 0);
+        take_along(h, r, aside);
+        i64 to = put(h, aside, r->length, r->start);
         undone(h, r, to == (i64)r->start, to);
     }
     return;
@@ -324,8 +388,9 @@ static i64 lift(struct header *h, struct record *r, u64 *where)
         return 0;
     }
     *where = aside;
-    uffd_unregister(h->guard, r->start, r->length);
-    ret = uffd_register(h->track, r->start, r->length, MODE_MISSING | MODE_MINOR);
+    ret = uffd_unregister(h->guard, r->start, r->length);
+    if (!ret)
+        ret = uffd_register(h->track, r->start, r->length, MODE_MISSING | MODE_MINOR);
     if (ret)
         goto guard;
     r->stage = ST_REGISTERED;
@@ -350,12 +415,13 @@ guard:
  * could show store content where the program dropped a page: the VMA brings its anon_vma along. */
 static void lower(struct header *h, struct record *r, u64 aside)
 {
+    if (!(r->prot & PROT_READ))
+        call3(SYS_mprotect, aside, r->length, r->prot);
     if (aside == r->start) {
         r->stage += UNDONE;
         return;
     }
-    i64 ret = call6(SYS_mremap, aside, r->length, r->length, MREMAP_MAYMOVE | MREMAP_FIXED,
-                    r->start, 0);
+    i64 ret = put(h, aside, r->length, r->start);
     int home = ret == (i64)r->start;
     if (home)
         home = !uffd_register(h->guard, r->start, r->length, MODE_MISSING | MODE_MINOR);
@@ -369,15 +435,75 @@ static i64 presence(struct header *h, u64 address, u64 npages, u64 *entries)
     return ret == (i64)(npages * 8) ? 0 : failed(ret) ? ret : -ENODATA;
 }
 
+/* While the guard stands: pages that the program dropped become zeros that are there. */
+static i64 fill_dropped(struct header *h, struct record *r)
+{
+    u64 entries[512];
+    i64 ret = 0;
+
+    for (u64 at = 0; at < r->length && !ret; at += PAGE) {
+        u64 left = (r->length - at) / PAGE, slot = at / PAGE % 512;
+        if (slot == 0)
+            ret = presence(h, r->start + at, left < 512 ? left : 512, entries);
+        if (ret || entries[slot] & (PM_PRESENT | PM_SWAPPED | PM_GUARD))
+            continue;
+        u64 arg[4] = { r->start + at, PAGE, 0, 0 };
+        int tries = 0;
+        do
+            ret = call3(SYS_ioctl, h->guard, UFFDIO_ZEROPAGE, (u64)arg);
+        while (ret == -EAGAIN && ++tries < 1000);
+        if (ret == -EEXIST)
+            ret = 0; /* the pager was first */
+    }
+    return ret;
+}
+
+/*
+ * What the program has said of a merged range since, said of its new memory, at `fresh`. Nothing but
+ * a call that locked memory refuses shows here that the range is locked; it is made for one page,
+ * and where it succeeds that page has only lost some favour with reclaim.
+ */
+static int locked(u64 address)
+{
+    return call3(SYS_madvise, address, PAGE, MADV_COLD) == -EINVAL;
+}
+static i64 say_again(struct record *r, u64 fresh, u64 aside, int lock)
+{
+    i64 ret = 0;
+
+    if (r->flags & REC_DONTFORK)
+        ret = call3(SYS_madvise, fresh, r->length, MADV_DONTFORK);
+    if (!ret && r->flags & REC_DONTDUMP)
+        ret = call3(SYS_madvise, fresh, r->length, MADV_DONTDUMP);
+    if (ret || !lock)
+        return ret;
+    /* RLIMIT_MEMLOCK need have room for one of the two only. mlock also fails where it cannot bring
+       in a page, a guard page say, and has locked the range all the same. */
+    call3(RARE_munlock, aside, r->length, 0);
+    ret = call3(RARE_mlock, fresh, r->length, 0);
+    if (!ret || locked(fresh))
+        return 0;
+    call3(RARE_mlock, aside, r->length, 0);
+    return ret;
+}
+
 /* Every page of the run becomes anonymous memory of its own; the content stays. */
 static void unmerge(struct header *h, struct record *r)
 {
     u64 aside, fresh = h->fresh + r->aside, entries[512];
-    i64 ret = lift(h, r, &aside);
+    int lock = locked(r->start);
+    i64 ret = h->track < 0 ? 0 : fill_dropped(h, r);
 
+    if (!ret)
+        ret = lift(h, r, &aside);
     if (ret) {
         r->result = ret;
         return;
+    }
+    if (!(r->prot & PROT_READ)) {
+        ret = call3(SYS_mprotect, aside, r->length, PROT_READ);
+        if (ret)
+            goto home;
     }
     for (u64 at = 0; at < r->length; at += PAGE) {
         u64 left = (r->length - at) / PAGE, slot = at / PAGE % 512;
@@ -385,6 +511,12 @@ static void unmerge(struct header *h, struct record *r)
             ret = presence(h, aside + at, left < 512 ? left : 512, entries);
             if (ret)
                 goto home;
+        }
+        if (entries[slot] & PM_GUARD) {
+            ret = call3(SYS_madvise, fresh + at, PAGE, MADV_GUARD_INSTALL);
+            if (ret)
+                goto home;
+            continue;
         }
         if (!(entries[slot] & (PM_PRESENT | PM_SWAPPED)))
             continue; /* dropped by the program: zeros */
@@ -395,6 +527,9 @@ static void unmerge(struct header *h, struct record *r)
     if (ret)
         goto home;
     r->stage = ST_EQUAL;
+    ret = say_again(r, fresh, aside, lock);
+    if (ret)
+        goto home;
     if (r->prot != PROT_RW) {
         ret = call3(SYS_mprotect, fresh, r->length, r->prot);
         if (ret)
@@ -403,7 +538,7 @@ static void unmerge(struct header *h, struct record *r)
     ret = inject(h, ST_MAPPED, 0);
     if (ret)
         goto home;
-    ret = call6(SYS_mremap, fresh, r->length, r->length, MREMAP_MAYMOVE | MREMAP_FIXED, r->start, 0);
+    ret = put(h, fresh, r->length, r->start);
     if (ret != (i64)r->start)
         goto home;
     r->stage = ST_DONE;
@@ -414,28 +549,36 @@ home:
     lower(h, r, aside);
 }
 
-/* Pages that were written after a merge and hold the store's content again go back to the store. */
-static void remerge(struct header *h, struct record *r)
+/* 0 where every page of the run is one of its own, which no access makes any less. */
+static i64 all_broken(struct header *h, struct record *r)
 {
-    u64 aside, entries[512];
-    u64 store = h->store_map + (r->offset - h->store_offset);
-    i64 ret = lift(h, r, &aside);
+    u64 entries[512];
 
-    if (ret) {
-        r->result = ret;
-        return;
-    }
     for (u64 at = 0; at < r->length; at += PAGE) {
         u64 left = (r->length - at) / PAGE, slot = at / PAGE % 512;
         if (slot == 0) {
-            ret = presence(h, aside + at, left < 512 ? left : 512, entries);
+            i64 ret = presence(h, r->start + at, left < 512 ? left : 512, entries);
             if (ret)
-                goto home;
+                return ret;
         }
-        if (!(entries[slot] & PM_PRESENT) || (entries[slot] & PM_FILE)) {
-            ret = 1;
-            goto home;
-        }
+        if (!(entries[slot] & PM_PRESENT) || (entries[slot] & PM_FILE))
+            return 1;
+    }
+    return 0;
+}
+
+/* Pages that were written after a merge and hold the store's content again go back to the store. */
+static void remerge(struct header *h, struct record *r)
+{
+    u64 aside;
+    u64 store = h->store_map + (r->offset - h->store_offset);
+    i64 ret = locked(r->start) ? 1 : all_broken(h, r);
+
+    if (!ret)
+        ret = lift(h, r, &aside);
+    if (ret) {
+        r->result = ret;
+        return;
     }
     ret = differ((u64 *)aside, (u64 *)store, r->length);
     if (!ret)
@@ -450,8 +593,10 @@ static void remerge(struct header *h, struct record *r)
         goto home;
     r->stage = ST_MAPPED;
     ret = fill_and_guard(h, r);
-    if (ret)
+    if (ret) {
+        take_along(h, r, aside);
         goto home;
+    }
     r->result = 0;
     return;
 home:
@@ -540,7 +685,7 @@ static i64 prepare(struct header *h)
         ret = uffd_register(h->track, h->aside, h->aside_len, MODE_MISSING);
     if (!ret && h->fresh_len)
         ret = reserve(h->fresh_len, PROT_RW, &h->fresh);
-    return ret;
+    return ret ? ret : make_spares(h);
 }
 
 static void clean_up(struct header *h)
@@ -554,6 +699,7 @@ static void clean_up(struct header *h)
         call3(SYS_munmap, h->aside, h->aside_len, 0);
     if (h->fresh)
         call3(SYS_munmap, h->fresh, h->fresh_len, 0);
+    drop_spares(h);
     if (h->store_map)
         call3(SYS_munmap, h->store_map, h->store_len, 0);
     if (h->alive_map)
@@ -574,6 +720,10 @@ static void carry_out(struct header *h)
     for (u64 i = 0; i < h->nrecords && !h->error; i++, r++) {
         if (tracer_dead(h)) {
             r->result = -EOWNERDEAD;
+            continue;
+        }
+        if (!h->spare) {
+            r->result = -ENOMEM;
             continue;
         }
         h->fail_step = h->fail_record == i ? step : 0;

@@ -27,6 +27,7 @@ COMPILE: Final = (
 
 MODE_WINDOW: Final = 0
 MODE_SETUP: Final = 1
+#: A flag of a record; the others are :class:`ksmd.model.window.Advice`.
 NOHUGEPAGE: Final = 1
 
 STAGE_DONE: Final = 7
@@ -37,7 +38,7 @@ _FIELDS: Final = (
     "mode records nrecords socket alive_fd track guard store pagemap device phase marker gadget"
     " frame scratch scratch_len aside_len fresh_len store_offset store_len wake_start wake_len"
     " nfds error done keep aside fresh store_map alive_map pid tid rlimit_soft rlimit_hard"
-    " rlimit_raised fail_step fail_errno fail_record"
+    " rlimit_raised fail_step fail_errno fail_record spare"
 ).split()
 _INDEX: Final = {name: number for number, name in enumerate(_FIELDS)}
 _HEADER: Final = struct.Struct(f"={len(_FIELDS)}q")

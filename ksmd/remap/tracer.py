@@ -3,6 +3,7 @@
 It serves one request at a time from the daemon, over the channel that it inherits:
 
 * ``inspect``  stop, read the seccomp filters, let go
+* ``check``    stop, see that no other tracer or stub is at work, let go
 * ``setup``    make the two userfaultfd contexts of a target and hand them over
 * ``window``   carry out a batch of records
 
@@ -123,6 +124,9 @@ class Tracer:
         match header["do"]:
             case "inspect":
                 return {"filters": list(session.seccomp_filters().values())}, b"", []
+            case "check":
+                session.refuse_stale_stub()
+                return {}, b"", []
             case "setup":
                 return self._setup(session)
             case "window":

@@ -6,20 +6,23 @@ import struct
 from collections.abc import Sequence
 from typing import Final
 
-from ksmd.model.window import Op, Record
+from ksmd.model.window import Advice, Op, Record
 
-_RECORD: Final = struct.Struct("=IQQQ")
+_RECORD: Final = struct.Struct("=IQQQI")
 _RESULT: Final = struct.Struct("=qI")
 
 
 def pack_records(records: Sequence[Record]) -> bytes:
     """Pack a batch of records."""
-    return b"".join(_RECORD.pack(r.op, r.start, r.length, r.offset) for r in records)
+    return b"".join(_RECORD.pack(r.op, r.start, r.length, r.offset, r.advice) for r in records)
 
 
 def unpack_records(data: bytes) -> list[Record]:
     """Unpack what :func:`pack_records` packed."""
-    return [Record(Op(op), *rest) for op, *rest in _RECORD.iter_unpack(data)]
+    return [
+        Record(Op(op), start, length, offset, Advice(advice))
+        for op, start, length, offset, advice in _RECORD.iter_unpack(data)
+    ]
 
 
 def pack_results(results: Sequence[tuple[int, int]]) -> bytes:

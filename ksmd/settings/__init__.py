@@ -1,7 +1,8 @@
 """Settings: what an operator may say, read from YAML with every mistake placed by line and column.
 
-``load`` and ``loads`` read, ``defaults`` is an empty file's meaning, ``explain`` and
-``render_default_config`` tell what there is, ``effective``, ``dump`` and ``changed`` show values.
+``load`` and ``loads`` read (``read`` also tells where each value stands), ``defaults`` is an empty
+file's meaning, ``explain``, ``render_default_config`` and ``json_schema`` tell what there is,
+``effective``, ``dump`` and ``changed`` show values.
 Imports pydantic: the tracer and the pager, which stay small, must not import this room.
 """
 
@@ -13,7 +14,7 @@ from ksmd.settings.describe import (
     explain,
     render_default_config,
 )
-from ksmd.settings.load import Problem, SettingsError, load, loads
+from ksmd.settings.load import Loaded, Problem, SettingsError, load, loads, read
 from ksmd.settings.models import (
     Limits,
     Match,
@@ -26,10 +27,12 @@ from ksmd.settings.models import (
     Window,
     defaults,
 )
+from ksmd.settings.schema import json_schema
 
 __all__ = [
     "Explained",
     "Limits",
+    "Loaded",
     "Match",
     "Problem",
     "Region",
@@ -45,7 +48,9 @@ __all__ = [
     "dump",
     "effective",
     "explain",
+    "json_schema",
     "load",
     "loads",
+    "read",
     "render_default_config",
 ]

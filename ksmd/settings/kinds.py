@@ -90,6 +90,7 @@ Regex = Annotated[
 SocketPath = Annotated[
     Path, BeforeValidator(_to_path), AfterValidator(_socket_path), Kind("absolute path")
 ]
+FileMode = Annotated[str, Field(pattern=r"^0[0-7]{3}$"), Kind("permissions in octal, quoted")]
 Pid = Annotated[int, Field(ge=1, le=PID_MAX_LIMIT)]
 Pids = Annotated[
     tuple[Pid, ...],

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -18,9 +18,11 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from ksmd.model.errors import UsageError
-from ksmd.settings import conflicts, tree
+from ksmd.settings import conflicts, merge, tree
 from ksmd.settings.models import Settings, Target
 
+#: The directory beside a settings file whose *.yaml files add to it.
+DROP_INS = "conf.d"
 _MAX_BYTES = 4 * tree.MAX_CHARACTERS
 
 
@@ -47,20 +49,109 @@ class SettingsError(UsageError):
         self.problems = tuple(problems)
 
 
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """Settings, the files they come from, and where each value of :func:`effective` stands.
+
+    ``sources`` maps a path such as ``("scan", "pages_to_scan")`` to "file:line"; what no file gives
+    is not in it.
+    """
+
+    settings: Settings
+    files: tuple[str, ...]
+    sources: Mapping[conflicts.Path, str]
+
+
 def load(path: Path) -> Settings:
-    """Read the settings file at ``path``."""
-    return loads(_text(path), str(path))
+    """Read the settings file at ``path``, and what ``conf.d`` beside it adds."""
+    return read(path).settings
+
+
+def read(path: Path) -> Loaded:
+    """Read as :func:`load` does, and tell where everything comes from."""
+    texts = {str(path): _text(path)}
+    problems: list[Problem] = []
+    for file in _drop_ins(path, problems):
+        try:
+            texts[str(file)] = _text(file)
+        except SettingsError as error:
+            problems += error.problems
+    return _read(texts, problems)
 
 
 def loads(text: str, name: str = "<string>") -> Settings:
     """Read settings from YAML text; ``name`` stands for the file in messages."""
+    return _read({name: text}, []).settings
+
+
+def _read(texts: Mapping[str, str], problems: list[Problem]) -> Loaded:
+    documents = []
+    for number, (name, text) in enumerate(texts.items()):
+        try:
+            document = tree.read(text)
+        except tree.UnreadableError as error:
+            problems.append(Problem(name, *error.mark, "", str(error)))
+            continue
+        if document.empty and number == 0:
+            problems.append(_of_file(name, "is empty; at least `version: 1` is needed"))
+        elif not document.empty:
+            documents.append(merge.Document(name, document))
+    first = next(iter(texts))
+    if not documents or documents[0].name != first:
+        raise SettingsError(problems)  # what the others mean depends on it
+    whole = merge.Combined(documents)
+    settings = _Judge(whole).settings(problems)
+    sources = {path: f"{at.file}:{at.mark.line}" for path, at in _given(whole, settings)}
+    return Loaded(settings, tuple(texts), sources)
+
+
+def _given(
+    whole: merge.Combined, settings: Settings
+) -> Iterator[tuple[conflicts.Path, merge.Place]]:
+    """Find the places of all values that a file gives."""
+
+    def walk(value: object, path: conflicts.Path) -> Iterator[conflicts.Path]:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                yield from walk(inner, (*path, key))
+        elif isinstance(value, list) and value:
+            for at, inner in enumerate(value):
+                yield from walk(inner, (*path, at))
+        else:
+            yield path
+
+    for path in walk(settings.model_dump(mode="json", exclude_none=True), ()):
+        if (place := whole.given(path)) is not None:
+            yield path, place
+
+
+def _drop_ins(path: Path, problems: list[Problem]) -> list[Path]:
+    """Find conf.d/*.yaml beside the file, by name.
+
+    They choose whose memory is touched as the file does, so they must be of the same owner or of
+    root: a settings file in a directory that anyone may write to would take in anyone's rules.
+    """
+    folder = path.parent / DROP_INS
     try:
-        document = tree.read(text)
-    except tree.UnreadableError as error:
-        raise SettingsError([Problem(name, *error.mark, "", str(error))]) from None
-    if document.empty:
-        raise SettingsError([_of_file(name, "is empty; at least `version: 1` is needed")])
-    return _Judge(name, document).settings()
+        found = sorted(file for file in folder.iterdir() if _is_drop_in(file))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        problems.append(_of_file(str(folder), f"cannot be read: {error.strerror}"))
+        return []
+    before = len(problems)
+    for file in (folder, *found):
+        try:
+            if file.stat().st_uid not in {0, path.stat().st_uid}:
+                message = "belongs neither to root nor to the owner of the settings file"
+                problems.append(_of_file(str(file), message))
+        except OSError as error:
+            problems.append(_of_file(str(file), f"cannot be read: {error.strerror}"))
+    return found if len(problems) == before else []
+
+
+def _is_drop_in(file: Path) -> bool:
+    return file.suffix == ".yaml" and not file.name.startswith(".")
 
 
 def _of_file(name: str, message: str) -> Problem:
@@ -92,18 +183,22 @@ def _text(path: Path) -> str:
 
 
 class _Judge:
-    """One document, judged in all the ways there are."""
+    """All documents, judged in all the ways there are."""
 
-    def __init__(self, name: str, document: tree.Tree) -> None:
-        self._name = name
-        self._tree = document
+    def __init__(self, whole: merge.Combined) -> None:
+        self._whole = whole
+        self._tree = whole.tree
 
-    def settings(self) -> Settings:
+    def settings(self, problems: list[Problem]) -> Settings:
+        """Make the settings; SettingsError with *problems*, and all that are found here."""
         root = self._tree.root
         if root is not tree.BAD and not isinstance(root, dict):
             message = f"the settings must be a mapping (key: value), not {self._what(())}"
-            raise SettingsError([Problem(self._name, *self._tree.mark(()), "", message)])
-        problems = [self._problem(*fault) for fault in self._tree.faults]
+            raise SettingsError([*problems, self._problem((), message)])
+        problems = problems + [
+            Problem(file, *fault.mark, conflicts.shown(fault.path), fault.message)
+            for file, fault in self._whole.faults
+        ]
         settings = None
         try:
             settings = Settings.model_validate(root)
@@ -112,20 +207,23 @@ class _Judge:
             problems += [problem for detail in details if (problem := self._of_model(detail))]
         problems += self._conflicts()
         if problems or settings is None:
-            unique = dict.fromkeys(problems)
-            raise SettingsError(sorted(unique, key=lambda found: (found.line, found.column)))
+            raise SettingsError(sorted(dict.fromkeys(problems), key=self._rank))
         return settings
 
-    def _problem(self, mark: tree.Mark, path: conflicts.Path, message: str) -> Problem:
-        return Problem(self._name, *mark, conflicts.shown(path), message)
+    def _rank(self, problem: Problem) -> tuple[bool, str, int, int]:
+        """Sort as the files are read: the first one, then the others by name."""
+        return problem.file != self._whole.first, problem.file, problem.line, problem.column
+
+    def _problem(self, path: conflicts.Path, message: str, *, key: bool = False) -> Problem:
+        file, mark = self._whole.place(path, key=key)
+        return Problem(file, *mark, conflicts.shown(path), message)
 
     def _conflicts(self) -> list[Problem]:
         root = self._tree.root
         targets = root.get("targets") if isinstance(root, Mapping) else None
         default = Target.model_fields["regions"].default
         return [
-            self._problem(self._tree.mark(path), path, message)
-            for path, message in conflicts.conflicts(targets, default)
+            self._problem(path, message) for path, message in conflicts.conflicts(targets, default)
         ]
 
     def _of_model(self, detail: ErrorDetails) -> Problem | None:
@@ -139,7 +237,7 @@ class _Judge:
         if path in self._tree.bad and not unknown:
             return None
         message = self._unknown_key(path) if unknown else self._message(path, detail)
-        return self._problem(self._tree.mark(path, key=unknown), path, message)
+        return self._problem(path, message, key=unknown)
 
     def _path(self, location: conflicts.Path) -> conflicts.Path:
         """Drop from pydantic's location what is not in the file: branches of unions."""

@@ -35,6 +35,7 @@ from ksmd.settings.kinds import (
     ADDRESS_LIMIT,
     Address,
     Count,
+    FileMode,
     Glob,
     Kind,
     Name,
@@ -134,12 +135,17 @@ class Window(_Model):
 
 
 class Limits(_Model):
-    """What merging may cost a target."""
+    """What merging may cost a target, and what one user may register."""
 
     vma_percent: Annotated[int, Field(ge=1, le=50)] = Field(
         default=50,
         description="Percent of vm.max_map_count that a target's mappings may reach by merging. "
         "The rest is left to the program: at the kernel's limit its own mmap and mprotect fail.",
+    )
+    regions_per_user: Annotated[int, Field(ge=0, le=1 << 20)] = Field(
+        default=1024,
+        description="The most memory regions that the processes of one user other than root may "
+        "have registered over the control socket at one time. 0 lets them register none.",
     )
 
 
@@ -303,6 +309,17 @@ class Settings(_Model):
         default=Path("/run/ksmd/ksmd.sock"),
         description="Path of the control socket that ksmctl, the exporter and clients use.",
     )
+    socket_mode: FileMode = Field(
+        default="0600",
+        description="Permissions of the control socket, in octal and quoted. 0600: root alone; "
+        "0660: socket_group too; 0666: everybody. Whoever is not root may only register memory of "
+        "their own process, scan it, and ask about it.",
+    )
+    socket_group: Name = Field(
+        default="root",
+        description="Group of the control socket: its name, or its number in quotes. Unless it is "
+        "root, its members may also read all counters and targets, as the exporter does.",
+    )
     scan: Scan = Field(default=Scan(), description="How fast memory is read.")
     tables: Tables = Field(
         default=Tables(),
@@ -313,7 +330,9 @@ class Settings(_Model):
         default=Window(),
         description="Stop windows: the short times for which a target is stopped to be merged.",
     )
-    limits: Limits = Field(default=Limits(), description="What merging may cost a target.")
+    limits: Limits = Field(
+        default=Limits(), description="What merging may cost, and what users may register."
+    )
     targets: Annotated[
         tuple[Target, ...], BeforeValidator(list_to_tuple), Kind("list of targets")
     ] = Field(

@@ -19,10 +19,12 @@ def test_the_defaults_are_those_of_the_contract():
         "run": "merge",
         "on_stop": "unmerge",
         "socket": "/run/ksmd/ksmd.sock",
+        "socket_mode": "0600",
+        "socket_group": "root",
         "scan": {"pages_to_scan": 25000, "sleep_millisecs": 20, "max_pages_to_merge": 25000},
         "tables": {"page_hash_size": 0, "rmap_hash_size": 0, "sha1_hash_size": 0},
         "window": {"deadline_ms": 10, "max_pages": 2048, "max_runs": 300, "interval_secs": 10},
-        "limits": {"vma_percent": 50},
+        "limits": {"vma_percent": 50, "regions_per_user": 1024},
         "targets": [],
     }
 

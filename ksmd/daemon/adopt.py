@@ -1,0 +1,295 @@
+"""A daemon that starts over merged processes: it adopts what an earlier one left with its pager.
+
+The pager lives on when a daemon dies or is told to keep what is merged. It gives back the targets'
+contexts, the extents and their pins; everything else is asked of the kernel, so that from its first
+answer on the new daemon counts right, unmerges and merges further.
+
+Nothing an earlier daemon said is believed where it can be checked. Extents take part in new merges
+only when their content has been found as it was left. Targets whose process is gone are let go.
+A window that was under way is over only when a stop has shown that no tracer and no stub of it is
+at work any more; until then its ranges stay announced and no extent is given back. Targets that no
+rule selects now, or that belong to another trust domain now, are unmerged before anything else.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from ksmd.core.selection import Selected, select
+from ksmd.daemon.bequest import STEP_PAGES, ExtentLabel, TargetLabel
+from ksmd.daemon.journal import fields
+from ksmd.daemon.pipeline import Pipeline
+from ksmd.daemon.state import Target
+from ksmd.guard import door
+from ksmd.guard.client import KeptExtent, Pager, PagerGoneError, PagerRefusedError
+from ksmd.kernel import memfd, procfs, userfaultfd
+from ksmd.kernel.iouring import PinRing
+from ksmd.model.errors import KsmdError, TargetGoneError
+from ksmd.model.refusal import Reason
+from ksmd.remap.engine import Engine, RefusedTargetError, TargetContexts
+from ksmd.remap.store import Extent
+
+log = logging.getLogger(__name__)
+
+#: How long a dead daemon's last descriptors may take to close.
+_PATIENCE_SECS = 10.0
+#: How long a window of an earlier daemon may be at work yet; a tracer gives up sooner.
+_SETTLE_SECS = 5.0
+_PAUSE_SECS = 0.1
+
+
+def find_pager(name: str) -> Pager | None:
+    """Take over the pager that an earlier daemon with the same control socket left, if any.
+
+    KsmdError when the earlier daemon lives.
+    """
+    for pid in door.pagers(name):
+        try:
+            pager = _claim(pid, name)
+        except PagerGoneError as error:
+            log.error("the pager %d of an earlier daemon is left alone: %s", pid, error)
+            continue
+        if pager is not None:
+            return pager
+    return None
+
+
+def _claim(pid: int, name: str) -> Pager | None:
+    deadline = time.monotonic() + _PATIENCE_SECS
+    while (end := door.knock(pid)) is not None:
+        try:
+            return Pager.adopt(end, name)
+        except PagerRefusedError as error:
+            if time.monotonic() > deadline:
+                raise KsmdError(
+                    f"the pager {pid} belongs to a daemon that lives: {error}",
+                    "stop that one first, or give this one a --socket PATH of its own",
+                ) from error
+        except PagerGoneError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(_PAUSE_SECS)
+    return None
+
+
+class Adoption:
+    """What one daemon took over. :meth:`restore` at once, :meth:`steps` as the loop's first job."""
+
+    def __init__(self, pipeline: Pipeline, engine: Engine, pager: Pager, ring: PinRing) -> None:
+        self._pipeline = pipeline
+        self._targets = pipeline.targets
+        self._engine = engine
+        self._pager = pager
+        self._unverified: list[tuple[Extent, ExtentLabel]] = []
+        self._unwanted: list[Target] = []
+        self._left: set[int] = set()  # inodes of extents that could not be adopted
+        self._ring = ring
+
+    # -- at once ------------------------------------------------------------------------------
+
+    def restore(self) -> None:
+        """Take in extents and targets, and count what is shared."""
+        self._ring.adopt(self._pager.rings)
+        for kept in self._pager.kept:
+            try:
+                self._restore_extent(kept)
+            except KsmdError as error:
+                # who maps it stays guarded, and its memory in place: the pager holds on to it
+                log.error("an extent of the store cannot be adopted: %s", error)
+                self._left.add(kept.inode)
+        if not self._left:
+            self._ring.drop_empty()
+        self._targets.hold_rings()
+        self._targets.reserve(self._pager.highest)
+        for slot in self._pager.ids:
+            self._restore_target(slot)
+        self._choose()
+        for target in self._targets:
+            target.broken = sys.maxsize  # what was written before our time is no news
+        for _ in self._pipeline.accounting.recount():
+            pass
+        sharing = self._pipeline.accounting.sharing
+        log.warning(
+            "adopted what an earlier ksmd left: %d targets, %d extents; %d pages share %d",
+            len(self._targets.by_slot),
+            len(self._unverified),
+            sharing.pages_shared + sharing.pages_sharing,
+            sharing.pages_shared,
+        )
+
+    def _restore_extent(self, kept: KeptExtent) -> None:
+        label = ExtentLabel.read(kept.about)
+        place = memfd.map_existing(kept.fd, label.phase + label.npages, label.huge)
+        try:
+            extent = self._targets.adopt_extent(label, place)
+        except KeyError:
+            memfd.release(place)
+            raise KsmdError(f"extent {label.number} is pinned by an unknown ring") from None
+        self._pipeline.merger.reserve(label.number)
+        self._unverified.append((extent, label))
+        try:
+            memfd.lock(place, label.phase)
+        except KsmdError as error:
+            log.warning("an adopted extent is locked by the pager alone: %s", error)
+
+    def _restore_target(self, slot: int) -> None:
+        """Take in a target; one that cannot be stays with the pager, guarded, until its end."""
+        guard, track = self._pager.contexts(slot)
+        try:
+            if userfaultfd.is_dead(guard):
+                raise TargetGoneError("its memory is gone")
+            selected = self._as_it_was(slot)
+            if track < 0:
+                raise KsmdError("it has no tracking context")
+            self._targets.adopt(slot, selected, TargetContexts(guard, track))
+        except KsmdError as error:
+            dead = userfaultfd.is_dead(guard)
+            os.close(guard)
+            if track >= 0:
+                os.close(track)
+            if dead:
+                self._pager.drop(slot)
+            else:
+                log.error("target %s cannot be adopted: %s", self._pager.about(slot), error)
+
+    def _as_it_was(self, slot: int) -> Selected:
+        label = TargetLabel.read(self._pager.about(slot))
+        if not procfs.is_same(label.process):
+            raise KsmdError("its process is gone, and another one holds its memory")
+        process = procfs.process_info(label.pid)
+        if any(vma.inode in self._left for vma in procfs.maps(label.pid)):
+            raise KsmdError("it maps an extent that could not be adopted")
+        return Selected(process, label.name, label.domain, (), label.accept_seccomp_risk)
+
+    def _choose(self) -> None:
+        """Find what the settings say of each target now, and who is to be unmerged."""
+        settings = self._targets.settings
+        processes = [target.selected.process for target in self._targets]
+        chosen, _ = select(processes, settings.targets, ours=self._targets.ours)
+        rules = {selected.process.id: selected for selected in chosen}
+        for target in self._targets:
+            try:
+                self._targets.read_mappings(target)
+            except TargetGoneError:
+                self._targets.drop(target)
+                continue
+            domains = {label.domain for extent, label in self._unverified if _maps(target, extent)}
+            if domains:
+                target.selected = replace(target.selected, domain=min(domains))
+            wanted = rules.get(target.id)
+            if wanted is not None:
+                self._targets.update(target, wanted)
+            if wanted is None or not domains <= {wanted.domain} or settings.run == "unmerge":
+                self._unwanted.append(target)
+
+    # -- as a job -----------------------------------------------------------------------------
+
+    def steps(self) -> Iterator[float]:
+        """End what was under way, unmerge whom no rule selects, verify the extents."""
+        yield from self._settle()
+        if self._unwanted:
+            pids = ", ".join(str(target.pid) for target in self._unwanted)
+            log.warning("unmerging what the settings do not select (any more): pids %s", pids)
+            yield from self._unmerge(self._unwanted)
+        broken = yield from self._verify()
+        if broken:
+            victims = [t for t in self._targets if any(_maps(t, extent) for extent in broken)]
+            yield from self._unmerge(victims)
+        self._drop_dead()
+
+    def _drop_dead(self) -> None:
+        """Let go of what could not be adopted and has ended meanwhile."""
+        for slot in self._pager.ids:
+            if slot in self._targets.by_slot:
+                continue
+            guard, track = self._pager.contexts(slot)
+            if userfaultfd.is_dead(guard):
+                self._pager.drop(slot)
+            for fd in (guard, track):
+                if fd >= 0:
+                    os.close(fd)
+
+    def _settle(self) -> Iterator[float]:
+        """Wait until no tracer and no stub of an earlier window is at work in any target."""
+        deadline = time.monotonic() + _SETTLE_SECS
+        while unsettled := self._pager.unsettled:
+            for slot in unsettled:
+                self._try_to_settle(slot)
+                yield 0.0
+            if time.monotonic() > deadline:
+                break
+            yield _PAUSE_SECS
+        for slot in self._pager.unsettled:
+            target = self._targets.by_slot.get(slot)
+            log.warning(
+                "a window of the earlier ksmd could not be ended in pid %d yet; the next stop will",
+                target.pid if target is not None else 0,
+            )
+        for _ in self._pipeline.accounting.recount():
+            yield 0.0
+
+    def _try_to_settle(self, slot: int) -> None:
+        target = self._targets.by_slot.get(slot)
+        if target is None:
+            return
+        try:
+            self._engine.check(target.id, self._targets.settings.window.deadline_ms)
+        except RefusedTargetError as error:
+            if error.reason is Reason.GONE:
+                self._targets.drop(target)
+            return
+        self._pager.settle_all(slot)
+
+    def _unmerge(self, targets: Sequence[Target]) -> Iterator[float]:
+        there = [target for target in targets if target.slot in self._targets.by_slot]
+        try:
+            for _ in self._pipeline.unmerger.unmerge(there):
+                yield 0.0
+        except KsmdError as error:
+            log.error("%s (%s)", error, error.hint)
+
+    def _verify(self) -> Generator[float, None, list[Extent]]:
+        """Compute new checksums and compare digests; give the extents that are not as they were."""
+        broken = []
+        for extent, label in self._unverified:
+            sound = yield from self._verify_one(extent, label)
+            if not sound:
+                broken.append(extent)
+                log.critical(
+                    "extent %d of domain %s (%d pages) does not hold what was put into it: it is"
+                    " not used for merges any more, and who maps it gets pages of his own",
+                    label.number,
+                    label.domain,
+                    label.npages,
+                    extra=fields(domain=label.domain),
+                )
+        self._unverified.clear()
+        return broken
+
+    def _verify_one(self, extent: Extent, label: ExtentLabel) -> Generator[float, None, bool]:
+        digest = label.begin_digest(self._pager.key)
+        sums = []
+        for first in range(0, label.npages, STEP_PAGES):
+            domain = self._targets.domains.get(label.domain)
+            if domain is None or domain.store.extents.get(label.number) is not extent:
+                return True  # nobody maps it any more, and it was released
+            view = extent.view(first, min(STEP_PAGES, label.npages - first))
+            digest.update(view)
+            sums.append(domain.store.sums(view))
+            yield 0.0
+        if not digest.matches(label.digest):
+            return False
+        extent.checksums[:] = np.concatenate(sums)
+        extent.good[:] = True
+        return True
+
+
+def _maps(target: Target, extent: Extent) -> bool:
+    return any(mapping.extent is extent for mapping in target.mappings)

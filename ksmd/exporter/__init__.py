@@ -1,0 +1,1 @@
+"""The Prometheus endpoint: a process of its own, without privileges, that only reads a socket."""

@@ -1,0 +1,99 @@
+"""The way to a pager that an earlier daemon left behind: its process is its name.
+
+A socket file would vanish with the service manager's RuntimeDirectory=, an abstract name belongs to
+a network namespace and anybody could take it first. A process has neither fault and nothing of it
+is left when it ends. So the pager keeps both ends of a socket pair, the outer one at the number
+:data:`OUTER`; a new daemon finds the pager by its command line, takes the outer end with
+pidfd_getfd(2), and passes a channel of its own through it.
+
+The kernel admits whoever may attach to the pager with ptrace(2), which is the right that ksmd rests
+on anyway. In the other direction the daemon believes a process only if that could do everything
+ksmd does by itself: uid 0, CAP_SYS_PTRACE in effect, our user and pid namespace. So neither side
+can be a process that gains anything by the meeting.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+
+from ksmd.kernel import channel, libc, procfs
+from ksmd.model.errors import KsmdError
+
+MODULE = "ksmd.guard.pager"
+#: The outer end's number in the pager.
+OUTER = 3
+
+_CAP_SYS_PTRACE = 1 << 19
+
+
+def build(fd: int) -> tuple[int, socket.socket]:
+    """Make the pager's door before it opens anything else: its channel's number, the inner end.
+
+    *fd* is the channel's descriptor, which may have to move.
+    """
+    if fd == OUTER:
+        fd = os.dup(fd)
+    first, second = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    outer, inner = (first, second) if first.fileno() == OUTER else (second, first)
+    for end in (inner, outer):
+        end.setblocking(False)
+    if outer.fileno() != OUTER:
+        os.dup2(outer.fileno(), OUTER, inheritable=False)
+        outer.close()
+    else:
+        outer.detach()
+    return fd, inner
+
+
+def pagers(name: str) -> list[int]:
+    """Give the pids of the pagers that were started under *name*, which is not empty."""
+    assert name
+    found = []
+    for pid in procfs.pids():
+        try:
+            words = procfs.read_process(pid, "cmdline").split(b"\0")
+        except KsmdError:
+            continue
+        if words[-5:-3] == [b"-m", MODULE.encode()] and words[-2] == os.fsencode(name):
+            found.append(pid)
+    return found
+
+
+def knock(pid: int) -> socket.socket | None:
+    """Give a channel to the pager *pid*; None when it is none, has ended or is not to be trusted.
+
+    A pager that has no descriptor left closes the channel unheard, as one that ends does.
+    """
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return None
+    try:
+        if not _could_be_us(pid):
+            return None
+        mine, its = channel.pair()
+        with its, socket.socket(fileno=libc.pidfd_getfd(pidfd, OUTER)) as outer:
+            channel.send(outer, {"do": "hand-over"}, fds=(its.fileno(),))
+        # alive now, so it had its pid, and all that was read under it, all the time
+        if select.select([pidfd], [], [], 0)[0]:
+            mine.close()
+            return None
+    except (OSError, KsmdError, channel.PeerGoneError):
+        return None
+    finally:
+        os.close(pidfd)
+    return mine
+
+
+def _could_be_us(pid: int) -> bool:
+    fields = procfs.status_fields(pid)
+    if set(fields["Uid"].split()) != {"0"} or not int(fields["CapEff"], 16) & _CAP_SYS_PTRACE:
+        return False
+    for kind in ("user", "pid"):
+        paths = (f"/proc/{which}/ns/{kind}" for which in (pid, "self"))
+        its, ours = (os.stat(path) for path in paths)  # noqa: PTH116 - no pathlib in the pager
+        if (its.st_dev, its.st_ino) != (ours.st_dev, ours.st_ino):
+            return False
+    return True

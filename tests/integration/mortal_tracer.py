@@ -1,0 +1,42 @@
+"""The tracer with a fault, in the place of ``python -m ksmd.remap.tracer FD``.
+
+MORTAL_AT=n, MORTAL_WHEN=before|after: it dies around its n-th ptrace request, as by SIGKILL, so
+that nothing of it can clean up. MORTAL_BLIND=states: it does not look at the threads' states before
+it stops them. MORTAL_BLIND=rseq: it takes no heed of restartable sequences.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import Any
+
+from ksmd.kernel import ptrace
+from ksmd.remap import tracer
+from ksmd.remap.session import Session
+
+_at = int(os.environ.get("MORTAL_AT", "0"))
+_before = os.environ.get("MORTAL_WHEN") == "before"
+_blind = os.environ.get("MORTAL_BLIND")
+_request = ptrace._request
+_count = 0
+
+
+def _mortal_request(*arguments: Any) -> int:
+    global _count  # noqa: PLW0603 - one process, one count
+    _count += 1
+    if _before and _count == _at:
+        os.kill(os.getpid(), signal.SIGKILL)
+    result = _request(*arguments)
+    if not _before and _count == _at:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return result
+
+
+ptrace._request = _mortal_request
+if _blind == "states":
+    Session._check_states = lambda self: None  # type: ignore[method-assign]
+elif _blind == "rseq":
+    Session._inside_rseq = lambda self: set()  # type: ignore[method-assign]
+sys.exit(tracer.main(["tracer", sys.argv[-1]]))

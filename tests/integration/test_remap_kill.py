@@ -1,0 +1,203 @@
+"""The tracer may be killed at any instruction: every target goes on, right and with nothing left.
+
+Victims do one thing each, in the thread that the windows borrow, and notice what is done to it.
+KSMD_SOAK_KILLS is the number of random kills over all modes. What a death may cost is counted and
+printed (pytest -s, or -rP): how late waits ended, and calls that ended by EINTR.
+"""
+
+# ruff: noqa: F401, F811  (fixtures are imported by their names)
+
+from __future__ import annotations
+
+import mmap
+import os
+import random
+import signal
+import struct
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+from remap_lab import (
+    Lab,
+    StartProgram,
+    UseTracer,
+    content,
+    descriptors,
+    faulty_tracer,
+    lab,
+    programs,
+    says,
+    scratch_left,
+)
+
+from ksmd.kernel import procfs
+from ksmd.model.refusal import Reason
+from ksmd.model.units import PAGE_SHIFT, PAGE_SIZE
+from ksmd.model.window import Op, Record, WindowResult
+
+pytestmark = pytest.mark.root
+
+MODES = "compute nanosleep epoll futex pipe poll storm churn write drop".split()
+KILLS = int(os.environ.get("KSMD_SOAK_KILLS", "100"))
+PATIENCE = 30.0
+
+ARENA = 0x510000000000
+PAGES = 96
+
+
+def arena_content() -> bytes:
+    first = 0xA000000000000000
+    return struct.pack(f"={PAGES * 512}Q", *range(first, first + PAGES * 512))
+
+
+class Endurer:
+    """One victim of endure.c, the store that it is merged with, and what it noticed."""
+
+    ROUNDS, WRONG, EINTRS, LATEST_US, LAST, READY = range(6)
+
+    def __init__(self, lab: Lab, start: StartProgram, mode: str) -> None:
+        self.lab = lab
+        self.mode = mode
+        self.random = random.Random(mode)
+        self.tally: Counter[str] = Counter()
+        self._control = os.memfd_create("endure-control")
+        os.ftruncate(self._control, PAGE_SIZE)
+        self._words = mmap.mmap(self._control, PAGE_SIZE)
+        arguments = ("endure", str(self._control), mode, str(PAGES))
+        self.process = start(*arguments, pass_fds=(self._control,))
+        self.pid: int = self.process.pid
+        self.wait_for(self.READY, 1)
+        self.extent = lab.extent(arena_content())
+        self.subject = lab.adopt(self.pid)
+        self.descriptors = descriptors(self.pid)
+
+    def close(self) -> None:
+        self._words.close()
+        os.close(self._control)
+
+    def word(self, index: int) -> int:
+        return int(struct.unpack_from("=Q", self._words, index * 8)[0])
+
+    def wait_for(self, index: int, value: int) -> None:
+        """Wait until a word has grown to *value*; a death or a hang ends the test."""
+        deadline = time.monotonic() + PATIENCE
+        while self.word(index) < value:
+            code = self.process.poll()
+            assert code is None, f"{self.mode}: the victim died: {code}"
+            assert time.monotonic() < deadline, f"{self.mode}: the victim hangs {self.where()}"
+            time.sleep(0.0005)
+
+    def where(self) -> str:
+        tasks = procfs.tasks(self.pid)
+        calls = {tid: procfs.read_process(self.pid, f"task/{tid}/syscall") for tid in tasks}
+        return f"{calls} {scratch_left(self.pid)}"
+
+    def records(self) -> list[Record]:
+        """Runs to merge where pages are anonymous, else runs to unmerge."""
+        vmas = [vma for vma in procfs.maps(self.pid) if ARENA <= vma.start < ARENA + (PAGES << 12)]
+        anonymous = [vma for vma in vmas if vma.inode != self.extent.inode]
+        found = []
+        for vma in anonymous or vmas:
+            at = vma.start
+            while at < vma.end:
+                length = min(self.random.choice((1, 2, 6)) << PAGE_SHIFT, vma.end - at)
+                op = Op.MERGE if anonymous else Op.UNMERGE
+                found.append(Record(op, at, length, at - ARENA))
+                at += length
+        return found
+
+    def window(self) -> WindowResult:
+        result = self.lab.window(self.subject, self.records(), self.extent)
+        self.tally["windows"] += 1
+        for outcome in result.outcomes:
+            if outcome.reason is None:
+                self.tally[outcome.record.op.name.lower()] += outcome.record.length >> PAGE_SHIFT
+        assert result.refused is not Reason.POISONED, says(result)
+        return result
+
+    def must_be_well(self) -> None:
+        """It goes on, nothing was wrong, and nothing of the stub is left."""
+        rounds = self.word(self.ROUNDS)
+        self.wait_for(self.ROUNDS, rounds + 3)
+        deadline = time.monotonic() + PATIENCE
+        while (left := self.left()) and time.monotonic() < deadline:
+            time.sleep(0.001)
+        assert not left, f"{self.mode}: left behind: {left}"
+        assert not self.word(self.WRONG), f"{self.mode}: wrong results, last {self.word(self.LAST)}"
+
+    def left(self) -> list[str]:
+        extra = {n: d for n, d in descriptors(self.pid).items() if self.descriptors.get(n) != d}
+        return scratch_left(self.pid) + [f"fd {number}: {what}" for number, what in extra.items()]
+
+    def arena_is_right(self) -> None:
+        """For those that do not change it."""
+        if self.mode not in ("write", "drop"):
+            assert content(self.pid, ARENA, PAGES) == arena_content()
+
+    def figures(self) -> str:
+        return (
+            f"{self.mode}: {dict(self.tally)} rounds {self.word(self.ROUNDS)} wrong"
+            f" {self.word(self.WRONG)} EINTR {self.word(self.EINTRS)} latest"
+            f" {self.word(self.LATEST_US) / 1000:.1f} ms"
+        )
+
+
+@pytest.fixture
+def endurer(request: pytest.FixtureRequest, lab: Lab, programs: StartProgram) -> Iterator[Endurer]:
+    endurer = Endurer(lab, programs, request.param)
+    yield endurer
+    endurer.close()
+
+
+def _kill_later(pid: int, seconds: float) -> threading.Thread:
+    def kill() -> None:
+        time.sleep(seconds)
+        os.kill(pid, signal.SIGKILL)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    return thread
+
+
+@pytest.mark.parametrize("endurer", MODES, indirect=True)
+def test_target_endures_the_death_of_its_tracer_at_any_time(endurer: Endurer) -> None:
+    engine = endurer.lab.engine
+    for _ in range(max(1, KILLS // len(MODES))):
+        endurer.window()  # starts the tracer
+        tracer = engine.pid
+        # windows follow each other without a pause: most of these times lie in one
+        killer = _kill_later(tracer, endurer.random.uniform(0, 0.012))
+        while engine.pid == tracer:
+            endurer.tally["killed in a window"] += endurer.window().refused is Reason.WINDOW_FAILED
+        killer.join()
+        endurer.tally["kills"] += 1
+        endurer.must_be_well()
+    result = endurer.window()
+    assert result.refused is None or result.refused is Reason.UNSTOPPABLE, says(result)
+    endurer.must_be_well()
+    endurer.arena_is_right()
+    print(f"\n{endurer.figures()}")
+    assert endurer.tally["merge"], "the kills proved nothing"
+    assert endurer.tally["unmerge"], "the kills proved nothing"
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("endurer", ["storm", "nanosleep"], indirect=True)
+def test_target_endures_the_death_of_its_tracer_at_every_ptrace_request(
+    endurer: Endurer, when: str, faulty_tracer: UseTracer
+) -> None:
+    engine = endurer.lab.engine
+    for step in range(1, 200):
+        faulty_tracer(at=step, when=when)
+        engine.close()
+        result = endurer.window()
+        endurer.must_be_well()
+        if result.refused is None:
+            break
+        endurer.tally["kills"] += 1
+    endurer.arena_is_right()
+    print(f"\n{endurer.figures()}")
+    assert endurer.tally["kills"] > 20, "the window made fewer requests than it can"

@@ -1,0 +1,150 @@
+"""Real programs under test: everything of theirs, and of what they start, is merged without end.
+
+A crowd is selected by pid alone: the processes that the test has started, and their descendants as
+they come and go. The settings file is written anew and read again before every scan.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import pytest
+from harness import CROWDED, PATIENCE, Daemon
+from stirring import Figures, Stirrer
+
+from ksmd.client import Client
+
+#: Seconds of work for each program: a short round, or what tests/programs --long asks for.
+SECONDS = float(os.environ.get("KSMD_PROGRAM_SECONDS", "5"))
+
+
+def need(*programs: str) -> None:
+    """Skip (a failure where KSMD_REQUIRE_ROOT=1) without these programs or files."""
+    for program in programs:
+        if shutil.which(program) is None and not Path(program).exists():
+            pytest.skip(f"needs {program}: run tests/programs")
+
+
+class Crowd:
+    """Processes that are merged while the ``with`` block lasts."""
+
+    def __init__(self, start_daemon: Callable[..., Daemon], seed: int = 1) -> None:
+        self._roots: list[subprocess.Popen[str]] = []
+        self._adopted: list[int] = []
+        self._chosen: list[int] = []
+        self.daemon = start_daemon(_settings([]))
+        self.stirrer = Stirrer(self.daemon, lambda: self._chosen, seed, self._choose)
+
+    def start(self, *command: str | Path, **options: Any) -> subprocess.Popen[str]:
+        """Start a program, in a session of its own; its output is one text.
+
+        Without address space randomization, so that its twin's pages are the more like its own.
+        """
+        defaults: dict[str, Any] = {
+            "stdin": subprocess.DEVNULL,
+            "stdout": subprocess.PIPE,
+            "stderr": subprocess.STDOUT,
+            "text": True,
+            "start_new_session": True,
+        }
+        self._roots.append(subprocess.Popen(["setarch", "-R", *command], **(defaults | options)))
+        return self._roots[-1]
+
+    def run(self, *command: str | Path, patience: float = PATIENCE, **options: Any) -> str:
+        """Run a program to its end, which must be a good one: its output."""
+        process = self.start(*command, **options)
+        said, _ = process.communicate(timeout=SECONDS + patience)
+        assert process.returncode == 0, f"{command}: exit code {process.returncode}: {said}"
+        return said
+
+    def adopt(self, *pids: int) -> None:
+        """Count processes in that the test has started by other means, and ends itself."""
+        self._adopted += pids
+
+    def pids(self) -> list[int]:
+        """List what runs of all that was started, and their descendants."""
+        found: list[int] = []
+        waiting = [root.pid for root in self._roots if root.poll() is None]
+        while waiting:
+            pid = waiting.pop()
+            found.append(pid)
+            with contextlib.suppress(OSError):
+                for task in Path(f"/proc/{pid}/task").iterdir():
+                    waiting += map(int, (task / "children").read_text().split())
+        return found
+
+    def _choose(self, client: Client) -> None:
+        pids = sorted([*self._adopted, *self.pids()])
+        if pids != self._chosen:
+            self._chosen = pids
+            self.daemon.configure(_settings(pids))
+            client.call("Reload")
+
+    def work(self, seconds: float = SECONDS) -> None:
+        """Let the crowd go on for so long, and for one scan at least."""
+        deadline = time.monotonic() + seconds
+        self.stirrer.await_scan()
+        while time.monotonic() < deadline and self.stirrer.error is None:
+            time.sleep(0.1)
+
+    def settle(self) -> None:
+        """Wait until what stands still now has been read twice, and merged."""
+        for _ in range(2):
+            self.stirrer.await_scan()
+
+    def end(self, process: subprocess.Popen[str], number: int = signal.SIGTERM) -> int:
+        """Ask a program to end: its exit code."""
+        process.send_signal(number)
+        return process.wait(PATIENCE)
+
+    def __enter__(self) -> Crowd:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        _error: BaseException | None,
+        _trace: TracebackType | None,
+    ) -> None:
+        try:
+            self.figures = self.stirrer.stop()
+            print(self.figures)
+        finally:
+            self._kill()
+        if kind is None:
+            assert self.figures.windows, "nothing was merged: no stop window was opened"
+
+    def _kill(self) -> None:
+        """End what is left, children first: a dead parent's are no longer found."""
+        held = []
+        for pid in self.pids():
+            with contextlib.suppress(ProcessLookupError):
+                held.append(os.pidfd_open(pid))
+        for fd in held:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(fd, signal.SIGKILL)
+            os.close(fd)
+        for root in self._roots:
+            root.wait(PATIENCE)
+            for stream in (root.stdin, root.stdout):
+                if stream is not None:
+                    stream.close()
+
+
+def judge(figures: Figures, merged: int) -> None:
+    """Fail where less than *merged* pages were merged: then nothing was proved."""
+    assert figures.merged >= merged, figures
+
+
+def _settings(pids: Sequence[int]) -> Mapping[str, Any]:
+    targets = [{"name": "crowd", "match": {"pid": list(pids)}, "domain": "crowd"}] if pids else []
+    return {"version": 1, "targets": targets} | CROWDED

@@ -1,0 +1,69 @@
+"""One machine for all tests of this directory, and victims that end with their test."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import install_tree
+import pytest
+from inside import SETTINGS, Service, Target
+from machine import Machine
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="session")
+def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
+    """A booted machine with ksmd installed, its user made, and its units enabled."""
+    made = tmp_path_factory.mktemp("machine") / "tree"
+    made.mkdir()
+    made.chmod(0o755)  # it becomes the root directory
+    install_tree.make(made)
+    booted = Machine(made)
+    try:
+        shutil.copy(HERE / "victim.py", booted.shared)
+        booted.run("systemd-sysusers")
+        booted.run("systemctl", "daemon-reload")
+        booted.run("systemctl", "enable", "ksmd.service", "ksmd-exporter.service")
+        yield booted
+    finally:
+        booted.close()
+
+
+@pytest.fixture
+def service(machine: Machine) -> Iterator[Service]:
+    """ksmd.service, enabled and not started; stopped, and without drop-ins, after the test."""
+    made = Service(machine)
+    made.settings(SETTINGS)
+    machine.run("systemctl", "reset-failed")
+    machine.run("systemctl", "start", "ksmd.socket")
+    yield made
+    if not machine.running:
+        return
+    machine.run("systemctl", "stop", "ksmd.service", check=False)
+    print(made.journal("--unit=ksmd", "--lines=60"))
+    made.settings("")
+    made.drop_in("ksmd.service", "")
+    machine.run("systemctl", "reset-failed")
+
+
+@pytest.fixture
+def targets(machine: Machine) -> Iterator[Callable[[], Target]]:
+    """Start victims inside the machine."""
+    started: list[Target] = []
+
+    def start() -> Target:
+        started.append(Target(machine))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.end()
+
+
+@pytest.fixture
+def pair(targets: Callable[[], Target]) -> tuple[Target, Target]:
+    """Two victims with the same content."""
+    return targets(), targets()

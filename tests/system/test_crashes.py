@@ -1,0 +1,218 @@
+"""Any one of the daemon's processes may be killed at any moment: the targets stay right.
+
+They are at worst kept waiting, and are never shown wrong data.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+
+import pytest
+from harness import (
+    CROWDED,
+    PAGE,
+    Held,
+    Oracle,
+    descriptors,
+    layout,
+    settings_for,
+    store_mappings,
+    until,
+)
+
+from ksmd.client import Client
+from ksmd.model.errors import KsmdError
+
+pytestmark = pytest.mark.root
+
+MADV_HUGEPAGE, MADV_COLLAPSE = 14, 25
+
+
+@pytest.fixture
+def pair(victims):
+    return [victims(pages=1024, thp="off") for _ in range(2)]
+
+
+def check_all(victims) -> None:
+    for victim in victims:
+        assert victim.check(), victim.report()
+
+
+def kill(daemon) -> dict[str, Held]:
+    """SIGKILL the daemon: what is left of its helpers, by name."""
+    helpers = {name: Held(pid) for name, pid in daemon.helpers().items()}
+    daemon.process.kill()
+    daemon.process.wait()
+    return helpers
+
+
+def use(victims) -> None:
+    """Have merged memory used in every way."""
+    for victim in victims:
+        assert victim.ask("dontneed 20 30") == {"bad": 0}
+        victim.command("write 10 20")
+        victim.command("restore 20 10")
+        assert victim.ask("fork") == {"child": 0, "bad": 0}
+        assert victim.ask("hammer 0.3")["bad"] == 0
+    check_all(victims)
+
+
+def test_when_the_daemon_is_killed_its_targets_stay_right_and_the_pager_serves_them(pair, daemons):
+    oracle = Oracle(*pair)
+    daemon = daemons(settings_for(*pair))
+    daemon.scan()
+    assert oracle.possible == 1023
+    assert oracle.share() == 1
+    helpers = kill(daemon)
+    assert not helpers["ksmd-pager"].gone(), "the pager leaves with the daemon"
+    assert helpers["ksmd-tracer"].gone(60), "the tracer outlives the daemon"
+    assert oracle.share() == 1
+    check_all(pair)
+    use(pair)
+    for victim in pair:
+        victim.stop()
+    assert helpers["ksmd-pager"].gone(60), "the pager outlives the last target"
+
+
+def test_without_the_daemon_too_nobody_can_empty_the_page_tables_of_others(actors, daemons):
+    """Collapsing store pages that nobody holds in place would do so: they would read as zeros."""
+    pair = [actors(2048) for _ in range(2)]
+    before = pair[0].ask("sum")
+    oracle = Oracle(*pair)
+    daemon = daemons(settings_for(*pair))
+    daemon.scan()
+    assert oracle.share() == 1
+    kill(daemon)
+    for actor in pair:
+        aligned = -actor.region[0] // PAGE % 512
+        assert actor.ask(f"advise 0 2048 {MADV_HUGEPAGE}") == {"errno": 0}
+        for block in range(aligned, 2048 - 511, 512):
+            actor.ask(f"advise {block} 512 {MADV_COLLAPSE}")
+        assert [one.ask("sum") for one in pair] == [before, before]
+    assert pair[0].ask("dontneed 1000 1") == {"errno": 0, "bad": 0}
+    assert pair[0].ask("sum 0 1000") == pair[1].ask("sum 0 1000")
+    assert pair[0].ask("sum 1001 1047") == pair[1].ask("sum 1001 1047")
+
+
+def test_a_new_daemon_works_beside_what_a_killed_one_left_merged(pair, victims, daemons):
+    first = daemons(settings_for(*pair))
+    first.scan()
+    kill(first)
+    more = [victims(pages=512, seed=3) for _ in range(2)]
+    oracle, left = Oracle(*more), Oracle(*pair)
+    second = daemons(settings_for(*pair, *more))
+    second.scan()
+    assert oracle.share() == 1
+    assert left.share() == 1
+    use(pair)
+    use(more)
+    assert second.stop() == 0
+    check_all([*pair, *more])
+
+
+def test_when_the_pager_is_killed_another_takes_over(pair, daemons):
+    oracle = Oracle(*pair)
+    daemon = daemons(settings_for(*pair) | CROWDED)
+    daemon.scan()
+    for _ in range(3):
+        for victim in pair:
+            victim.begin("hammer 1.5")
+        old = daemon.kill_helper("ksmd-pager")
+        for victim in pair:
+            assert "bad=0 stale=0" in victim.finish()
+        until(lambda old=old: daemon.helpers().get("ksmd-pager", old) != old, "a new pager")
+        use(pair)
+    pair[0].command("restore 0 1023")
+    pair[1].command("restore 0 1023")
+    daemon.scan()
+    assert oracle.share() > 0.95
+    daemon.give_back()
+    check_all(pair)
+    assert daemon.stop() == 0
+
+
+def test_when_the_pager_is_killed_during_scans_the_next_scan_goes_on(pair, daemons):
+    oracle = Oracle(*pair)
+    daemon = daemons(settings_for(*pair) | CROWDED)
+    for _ in range(3):
+        daemon.allow_again()
+        daemon.ctl("scan")  # does not wait
+        old = daemon.kill_helper("ksmd-pager")
+        until(lambda old=old: daemon.helpers().get("ksmd-pager", old) != old, "a new pager")
+        check_all(pair)
+        daemon.scan()
+        assert oracle.share() == 1
+        daemon.give_back()
+        check_all(pair)
+
+
+def test_when_the_tracer_is_killed_between_scans_the_next_scan_goes_on(pair, daemons):
+    oracle = Oracle(*pair)
+    daemon = daemons(settings_for(*pair))
+    for _ in range(2):
+        daemon.kill_helper("ksmd-tracer")
+        daemon.scan()
+        assert oracle.share() == 1
+        daemon.kill_helper("ksmd-tracer")
+        daemon.give_back()
+        daemon.allow_again()
+        check_all(pair)
+
+
+def test_the_tracer_may_be_killed_at_any_instant_of_merging_and_giving_back(victims, daemons):
+    four = [victims(pages=512, layout="mixed") for _ in range(2)]
+    four += [victims("all", pages=256) for _ in range(2)]
+    tables = [descriptors(victim.pid) for victim in four]
+    spaces = [layout(victim.pid) for victim in four]
+    daemon = daemons(settings_for(*four) | CROWDED)
+    over = threading.Event()
+    rounds = [0]
+
+    def work() -> None:
+        while not over.is_set():
+            with Client(daemon.socket, 60) as ksmd:
+                for method in ("Resume", "Pause", "Scan", "Unmerge"):
+                    try:
+                        ksmd.call(method, **({"wait": True} if method in "ScanUnmerge" else {}))
+                    except KsmdError as error:
+                        print(method, error)
+            rounds[0] += 1
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    kills, source = 0, random.Random(1)
+    try:
+        while kills < 30 or rounds[0] < 3:
+            over.wait(source.uniform(0, 0.3))
+            if "ksmd-tracer" in daemon.helpers():
+                daemon.kill_helper("ksmd-tracer")
+                kills += 1
+            check_all(four[kills % 4 : kills % 4 + 1])
+    finally:
+        over.set()
+        worker.join()
+    print(f"{kills} kills in {rounds[0]} rounds")
+    check_all(four)
+    daemon.allow_again()
+    daemon.scan()
+    check_all(four)
+    until(lambda: not daemon.run_ctl("unmerge", "--wait").returncode, "all is given back")
+    assert [store_mappings(victim.pid) for victim in four] == [[]] * 4
+    assert [descriptors(victim.pid) for victim in four] == tables
+    assert [layout(victim.pid) for victim in four] == spaces
+    check_all(four)
+
+
+def test_the_daemon_may_be_killed_at_any_instant_of_merging(victims, daemons):
+    for delay in (0.0, 0.1, 0.3):
+        pair = [victims(pages=512, layout="mixed") for _ in range(2)]
+        tables = [descriptors(victim.pid) for victim in pair]
+        daemon = daemons(settings_for(*pair))
+        daemon.ctl("scan", "--until-settled")  # does not wait
+        over = threading.Event()
+        over.wait(delay)
+        kill(daemon)
+        check_all(pair)
+        use(pair)
+        assert [descriptors(victim.pid) for victim in pair] == tables

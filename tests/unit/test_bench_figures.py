@@ -1,0 +1,168 @@
+"""The benchmark's arithmetic: marks, medians, ratios, possible merge, CPU of what has ended."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from ksmd.bench import table
+from ksmd.bench.census import possible
+from ksmd.bench.clocks import ended_children
+from ksmd.bench.compete import Outcome
+from ksmd.bench.contender import OURS, THEIRS
+from ksmd.bench.model import Costs, Point, Run, mark
+from ksmd.bench.options import parse
+from ksmd.bench.ours import settings
+from ksmd.bench.summary import middle, of_outcome, pause_numbers, percentile, ratio
+from ksmd.bench.victims import parse_ranges
+from ksmd.bench.workloads import WORKLOADS
+from ksmd.cli.common import WIDTH, console
+from ksmd.model.errors import UsageError
+from ksmd.settings import Settings
+
+
+def a_run(cpu: float = 1.0, saved: int = 99, possible_: int = 100) -> Run:
+    timeline = (Point(0.0, 0.0, 0), Point(1.0, cpu / 2, 96), Point(2.0, cpu, saved))
+    return Run(
+        pages=1000,
+        possible=possible_,
+        timeline=timeline,
+        passes=timeline[1:],
+        end=timeline[-1],
+        saved=saved,
+        costs=Costs(vmas=600, page_tables=4096, tables=100, store=0, processes=5000, kernel=64),
+        rescan_idle=0.01,
+        rescan_written=0.02,
+        written=10,
+        read_before=100.0,
+        read_after=110.0,
+        write_ns=2000.0,
+        huge_before=0,
+        huge_after=0,
+        intact=True,
+        details={"stop_ms_p99": 1.5, "stop_ms_max": 2.5, "victims_cpu": 0.1},
+    )
+
+
+def test_a_mark_is_where_the_share_was_reached_for_good() -> None:
+    points = [Point(float(i), 0.0, pages) for i, pages in enumerate((0, 96, 50, 95, 97, 100))]
+    assert mark(points, 100, 0.95) == points[3]
+    assert mark(points, 100, 1.0) == points[5]
+
+
+def test_there_is_no_mark_for_what_was_never_reached_or_cannot_be() -> None:
+    points = [Point(1.0, 1.0, 50)]
+    assert mark(points, 100, 0.95) is None
+    assert mark(points, 0, 0.95) is None
+
+
+def test_net_takes_off_every_cost_and_counts_tables_inside_the_processes_once() -> None:
+    run = a_run()
+    assert run.net_bytes == 99 * 4096 - (600 + 4096 + 5000 + 64)
+    assert Costs(tables=7000, processes=5000).total == 7000
+
+
+def test_possible_is_all_but_one_of_each_content_and_all_of_zeros() -> None:
+    sums = np.array([5, 5, 5, 7, 8, 8, 0, 0], np.uint64)
+    assert possible(sums, zero=0) == 2 + 1 + 2
+    assert possible(sums, zero=1) == 2 + 1 + 1
+    assert possible(sums[:1], zero=5) == 1
+
+
+def test_a_median_needs_most_runs() -> None:
+    assert middle([3.0, 1.0, None]) == 2.0
+    assert middle([3.0, None, None]) is None
+    assert middle([]) is None
+
+
+def test_a_ratio_needs_two_sides() -> None:
+    assert ratio(1.0, 4.0) == 0.25
+    assert ratio(1.0, 0.0) is None
+    assert ratio(None, 1.0) is None
+    assert ratio(1.0, None) is None
+
+
+def test_percentiles_are_values_that_were_seen() -> None:
+    values = list(range(1, 101))
+    assert percentile(values, 0.5) == 50
+    assert percentile(values, 0.99) == 99
+    assert percentile([7], 0.99) == 7
+    assert percentile([], 0.5) == 0.0
+    told = pause_numbers([1_000_000, 3_000_000, 2_000_000])
+    assert told == {"count": 3, "p50_ms": 2.0, "p99_ms": 3.0, "max_ms": 3.0}
+
+
+def test_results_hold_medians_and_ratios_and_are_json() -> None:
+    outcome = Outcome(WORKLOADS["W1"], {OURS: [a_run(1.0), a_run(3.0)], THEIRS: [a_run(4.0)]})
+    outcome.pauses[OURS] = ([], [150_000])
+    outcome.pauses[THEIRS] = ([], [])
+    found = of_outcome(outcome)
+    assert found[OURS]["median"]["cpu_99"] == 2.0
+    assert found["ratios"]["cpu_99"] == 0.5
+    assert found[OURS]["median"]["rescan_idle_ms_per_gib"] == pytest.approx(10 * 262144 / 1000)
+    back = json.loads(json.dumps(found))
+    assert back[THEIRS]["runs"][0]["end"] == {"seconds": 2.0, "cpu": 4.0, "pages": 99}
+    assert back["ratios"] == found["ratios"]
+
+
+def test_what_ksmd_did_alone_is_shown_without_a_rival() -> None:
+    found = of_outcome(Outcome(WORKLOADS["W3"], {OURS: [a_run(possible_=0)]}))
+    assert found[THEIRS] is None
+    assert set(found["ratios"].values()) == {None}
+    assert found[OURS]["median"]["saved_share"] is None
+
+
+def test_tables_fit_in_a_hundred_columns(capsys: pytest.CaptureFixture[str]) -> None:
+    outcomes = [
+        Outcome(workload, {OURS: [a_run(999.0)], THEIRS: [a_run(888.0)]})
+        for workload in WORKLOADS.values()
+    ]
+    for outcome in outcomes:
+        outcome.pauses = {OURS: ([], [99_000_000]), THEIRS: ([], [99_000_000])}
+    out = console()
+    for title, made in table.tables({"workloads": [of_outcome(outcome) for outcome in outcomes]}):
+        out.print(title)
+        out.print(made)
+    text = capsys.readouterr().out
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= WIDTH
+    assert all(text.count(f"{name} ") >= 5 for name in WORKLOADS)
+
+
+def test_cpu_of_ended_children_is_read_past_any_name() -> None:
+    fields = ["S", *map(str, range(4, 60))]
+    assert ended_children(f"12 (a) b (c) {' '.join(fields)}\n") == pytest.approx((16 + 17) / 100)
+
+
+def test_ranges_are_read_as_workers_say_them() -> None:
+    first, second = parse_ranges("0x1000:16,0x9000:2")
+    assert (first.start, first.npages, second.start, second.npages) == (4096, 16, 36864, 2)
+
+
+def test_the_daemon_is_given_settings_that_it_accepts() -> None:
+    class One:
+        pid = 4711
+        ranges = parse_ranges("0x7f0000000000:16")
+
+    given = settings([One()])  # type: ignore[list-item]
+    found = Settings.model_validate(given)
+    assert found.scan.sleep_millisecs == 0
+    assert found.targets[0].match.pid == (4711,)
+
+
+def test_options_choose_workloads_and_refuse_what_means_nothing() -> None:
+    options = parse(["--only", "w2,W1,W2", "--mib", "2", "--victims", "3"])
+    assert [workload.name for workload in options.workloads] == ["W2", "W1"]
+    assert (options.pages, options.ksm, options.json) == (512, True, False)
+    assert len(parse([]).workloads) == 7
+    with pytest.raises(UsageError, match="nobody to share"):
+        parse(["--victims", "1"])
+
+
+@pytest.mark.parametrize("wrong", [["--only", "W9"], ["--mib", "0"], ["--rounds", "-1"]])
+def test_a_wrong_option_is_refused_by_the_command_line(wrong: list[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        parse(wrong)
+    assert left.value.code == 2

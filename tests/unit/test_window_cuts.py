@@ -1,0 +1,82 @@
+"""A run is cut where VMAs end, and what lies in none of them never reaches a stop window."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ksmd.core.windows import cut_into_windows
+from ksmd.model.tables import RUN, SPAN
+from ksmd.model.vma import Area, Vma
+from ksmd.model.window import Op
+
+PAGE = 4096
+STEPS = st.lists(st.tuples(st.integers(0, 6), st.integers(1, 9)), max_size=12)
+
+
+def area(first: int, end: int) -> Area:
+    vma = Vma(first * PAGE, end * PAGE, "rw-p", 0, (0, 0), 0, "")
+    return Area(first * PAGE, end * PAGE, vma)
+
+
+def ranges(steps: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    found, at = [], 1
+    for gap, length in steps:
+        found.append((at + gap, at + gap + length))
+        at += gap + length
+    return found
+
+
+@given(areas=STEPS, runs=STEPS, backwards=st.booleans())
+def test_every_page_of_a_run_that_lies_in_an_area_comes_once_at_its_place_and_no_other(
+    areas: list[tuple[int, int]], runs: list[tuple[int, int]], backwards: bool
+) -> None:
+    where = [area(*pair) for pair in ranges(areas)]
+    table = np.zeros(len(runs), RUN)
+    for row, (first, end) in zip(table, ranges(runs), strict=True):
+        row["page"], row["npages"], row["extent"], row["index"] = (
+            first,
+            end - first,
+            7,
+            1000 + first,
+        )
+    windows = cut_into_windows(
+        table, np.zeros(0, SPAN), where[::-1] if backwards else where, {7: 3}, 4, 8
+    )
+    places: dict[int, int] = {}
+    for extent, batch in windows:
+        assert extent == 7
+        assert 0 < len(batch) <= 4
+        assert sum(record.length for record in batch) <= 8 * PAGE
+        for record in batch:
+            assert record.op is Op.MERGE
+            assert any(
+                a.start <= record.start < record.start + record.length <= a.end for a in where
+            )
+            for at in range(0, record.length, PAGE):
+                page = (record.start + at) // PAGE
+                assert page not in places
+                places[page] = (record.offset + at) // PAGE
+    wanted = {p for first, end in ranges(runs) for p in range(first, end)}
+    allowed = {p for a in where for p in range(a.start // PAGE, a.end // PAGE)}
+    assert places == {page: 1000 + page + 3 for page in wanted & allowed}
+
+
+@given(areas=STEPS, zeros=STEPS)
+def test_zero_runs_are_cut_at_the_same_borders_and_need_no_extent(
+    areas: list[tuple[int, int]], zeros: list[tuple[int, int]]
+) -> None:
+    table = np.zeros(len(zeros), SPAN)
+    for row, (first, end) in zip(table, ranges(zeros), strict=True):
+        row["page"], row["npages"] = first, end - first
+    where = [area(*pair) for pair in ranges(areas)]
+    found: list[int] = []
+    for extent, batch in cut_into_windows(np.zeros(0, RUN), table, where, {}, 400, 4096):
+        assert extent == 0
+        for record in batch:
+            assert (record.op, record.offset) == (Op.ZERO, 0)
+            found += range(record.start // PAGE, (record.start + record.length) // PAGE)
+    wanted = {p for first, end in ranges(zeros) for p in range(first, end)}
+    allowed = {p for a in where for p in range(a.start // PAGE, a.end // PAGE)}
+    assert sorted(found) == sorted(wanted & allowed)
