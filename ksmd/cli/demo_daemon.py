@@ -47,7 +47,7 @@ class DemoDaemon:
         command += ["--config", str(config), "--socket", str(self.socket)]
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", _TIED, str(os.getpid()), *command],
+                [sys.executable, "-P", "-c", _TIED, str(os.getpid()), *command],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

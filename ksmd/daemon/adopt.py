@@ -32,8 +32,8 @@ from ksmd.guard.client import KeptExtent, Pager, PagerGoneError, PagerRefusedErr
 from ksmd.kernel import memfd, procfs, userfaultfd
 from ksmd.kernel.iouring import PinRing
 from ksmd.model.errors import KsmdError, TargetGoneError
-from ksmd.model.refusal import Reason
-from ksmd.remap.engine import Engine, RefusedTargetError, TargetContexts
+from ksmd.model.units import PAGE_SHIFT
+from ksmd.remap.engine import TargetContexts
 from ksmd.remap.store import Extent
 
 log = logging.getLogger(__name__)
@@ -82,10 +82,9 @@ def _claim(pid: int, name: str) -> Pager | None:
 class Adoption:
     """What one daemon took over. :meth:`restore` at once, :meth:`steps` as the loop's first job."""
 
-    def __init__(self, pipeline: Pipeline, engine: Engine, pager: Pager, ring: PinRing) -> None:
+    def __init__(self, pipeline: Pipeline, pager: Pager, ring: PinRing) -> None:
         self._pipeline = pipeline
         self._targets = pipeline.targets
-        self._engine = engine
         self._pager = pager
         self._unverified: list[tuple[Extent, ExtentLabel]] = []
         self._unwanted: list[Target] = []
@@ -105,7 +104,7 @@ class Adoption:
                 log.error("an extent of the store cannot be adopted: %s", error)
                 self._left.add(kept.inode)
         if not self._left:
-            self._ring.drop_empty()
+            self._ring.drop_unknown()
         self._targets.hold_rings()
         self._targets.reserve(self._pager.highest)
         for slot in self._pager.ids:
@@ -134,6 +133,8 @@ class Adoption:
             raise KsmdError(f"extent {label.number} is pinned by an unknown ring") from None
         self._pipeline.merger.reserve(label.number)
         self._unverified.append((extent, label))
+        if kept.length != label.npages << PAGE_SHIFT:  # the daemon died while it told of it
+            self._pager.keep(replace(kept, length=label.npages << PAGE_SHIFT))
         try:
             memfd.lock(place, label.phase)
         except KsmdError as error:
@@ -218,14 +219,12 @@ class Adoption:
 
     def _settle(self) -> Iterator[float]:
         """Wait until no tracer and no stub of an earlier window is at work in any target."""
+        if unsettled := self._pager.unsettled:
+            log.warning("windows were under way in %d targets", len(unsettled))
         deadline = time.monotonic() + _SETTLE_SECS
-        while unsettled := self._pager.unsettled:
-            for slot in unsettled:
-                self._try_to_settle(slot)
-                yield 0.0
-            if time.monotonic() > deadline:
-                break
-            yield _PAUSE_SECS
+        while self._pager.unsettled and time.monotonic() < deadline:
+            self._pipeline.merger.settle_left_over()
+            yield _PAUSE_SECS if self._pager.unsettled else 0.0
         for slot in self._pager.unsettled:
             target = self._targets.by_slot.get(slot)
             log.warning(
@@ -234,18 +233,6 @@ class Adoption:
             )
         for _ in self._pipeline.accounting.recount():
             yield 0.0
-
-    def _try_to_settle(self, slot: int) -> None:
-        target = self._targets.by_slot.get(slot)
-        if target is None:
-            return
-        try:
-            self._engine.check(target.id, self._targets.settings.window.deadline_ms)
-        except RefusedTargetError as error:
-            if error.reason is Reason.GONE:
-                self._targets.drop(target)
-            return
-        self._pager.settle_all(slot)
 
     def _unmerge(self, targets: Sequence[Target]) -> Iterator[float]:
         there = [target for target in targets if target.slot in self._targets.by_slot]

@@ -50,19 +50,21 @@ class Loop:
     It runs between steps only: a step that hangs keeps it from running, and so from feeding the
     service manager's watchdog.
 
-    *background* yields floats; a pass that is complete is told by *pass_done*, which gives the
-    pause before the next one.
+    *background* yields floats, the seconds to wait, and ends with a pass; *settled* tells whether
+    that pass left anything to do, and so how soon the next one comes.
     """
 
     def __init__(
         self,
         background: Callable[[], Iterator[float]],
         background_allowed: Callable[[], bool],
+        settled: Callable[[], bool],
         housekeep: Callable[[], None],
         on_signal: Callable[[int], None],
     ) -> None:
         self._background = background
         self._allowed = background_allowed
+        self._settled = settled
         self._housekeep = housekeep
         self._on_signal = on_signal
         self._jobs: deque[Job] = deque()
@@ -177,11 +179,13 @@ class Loop:
             return next(self._work)
         except StopIteration:
             self._work = None
-            return _IDLE_PAUSE_SECS
+            return _IDLE_PAUSE_SECS if self._settled() else _BUSY_PAUSE_SECS
         except KsmdError as error:
             log.error("the scan was given up: %s", error)
-            self._work = None
-            return _BUSY_PAUSE_SECS
+        except Exception:  # a defect met in one target must not end the guard of all others
+            log.exception("the scan was given up; this is a defect of ksmd")
+        self._work = None
+        return _BUSY_PAUSE_SECS
 
     def _job_step(self) -> float:
         job = self._jobs[0]
@@ -193,6 +197,10 @@ class Loop:
         except KsmdError as error:
             self._jobs.popleft()
             job.on_error(error)
+        except Exception as error:
+            log.exception("%s was given up; this is a defect of ksmd", job.name)
+            self._jobs.popleft()
+            job.on_error(KsmdError(f"a defect of ksmd: {error!r}", "its log has the details"))
         else:
             if isinstance(step, float):
                 return step

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from ksmd.core.digest import HEAD_SIZE
 from ksmd.core.focus import focus
-from ksmd.core.planner import make_plan
+from ksmd.core.planner import PlanLimits, make_plan
 from ksmd.core.scope import Scope, within
 from ksmd.core.spans import Spans
 from ksmd.core.windows import cut_huge_blocks, cut_into_windows
@@ -34,7 +34,7 @@ from ksmd.model.plan import Plan
 from ksmd.model.refusal import Reason
 from ksmd.model.units import HUGE_PAGE_PAGES, HUGE_PAGE_SIZE, PAGE_SHIFT
 from ksmd.model.window import Op, Record, WindowRequest, WindowResult
-from ksmd.remap.engine import Engine
+from ksmd.remap.engine import Engine, RefusedTargetError
 from ksmd.remap.store import Extent
 from ksmd.settings import Settings
 
@@ -46,6 +46,13 @@ _NEVER_AGAIN = frozenset({"lo", "lf", "dc", "dd"})
 #: Refusals that have to do with the moment of the stop, and how often an asked window tries again.
 _MOMENTARY = frozenset({Reason.UNSTOPPABLE, Reason.NO_THREAD, Reason.STALE_STUB})
 _RETRIES = 3
+
+
+#: No extent of 2 MiB pages. A program may madvise(MADV_HUGEPAGE) and collapse a merged range that
+#: is congruent with such an extent; its 2 MiB entry would then go as a whole at the next write, drop
+#: or fork, and the guard, which takes every fault for a drop, would answer with zeros. Pinned 4 KiB
+#: pages cannot be collapsed by anybody.
+_LIMITS = PlanLimits(huge_pages=1 << 40)
 
 
 @dataclass(slots=True)
@@ -112,10 +119,14 @@ class Merger:
             zero_checksum=zero,
             vma_room={target.slot: self._vma_room(target) for target in self._of(domain)},
             next_extent=self._next_extent,
+            limits=_LIMITS,
         )
 
     def _of(self, domain: Domain) -> list[Target]:
         return [t for t in self._targets if t.selected.domain == domain.name]
+
+    def _deadline_ms(self, target: Target) -> float:
+        return target.deadline_ms(self._settings.window.deadline_ms)
 
     def _may_stop(self, target: Target, asked: Asked) -> bool:
         interval = self._settings.window.interval_secs
@@ -236,7 +247,7 @@ class Merger:
         """Make the target's contexts where it has none yet."""
         for _ in range(1 + (_RETRIES if _is_asked(target, asked) else 0)):
             if target.contexts is None:
-                prepare(target, self._engine, self._pager, self._settings.window.deadline_ms)
+                prepare(target, self._engine, self._pager, self._deadline_ms(target))
             if target.contexts is not None or target.refused not in _MOMENTARY:
                 break
         return target.contexts is not None
@@ -295,7 +306,7 @@ class Merger:
             target.id,
             tuple(records),
             extent.map.inode if extent is not None else 0,
-            deadline_ms=self._settings.window.deadline_ms,
+            deadline_ms=self._deadline_ms(target),
             accept_seccomp_risk=target.selected.accept_seccomp_risk,
         )
         ranges = [(r.start, r.start + r.length) for r in records if r.op is not Op.ZERO]
@@ -404,12 +415,28 @@ class Merger:
                     )
         return found
 
+    def settle_left_over(self) -> None:
+        """Settle the windows whose tracer died, in targets where no stub is at work any more."""
+        for slot in self._pager.unsettled:
+            target = self._targets.by_slot.get(slot)
+            if target is None:
+                continue
+            try:
+                self._engine.check(target.id, self._deadline_ms(target))
+            except RefusedTargetError as error:
+                if error.reason is Reason.GONE:
+                    self._targets.drop(target)
+            else:
+                self._pager.settle_all(slot)
+
     # -- leaving ------------------------------------------------------------------------------
 
     def forget_contexts(self, target: Target) -> None:
         """Close the contexts of a target in which nothing is merged any more."""
-        if target.contexts is None:
-            return
+        if target.slot in self._pager.unsettled:
+            self.settle_left_over()
+        if target.contexts is None or target.slot in self._pager.unsettled:
+            return  # or a stub whose tracer died may be about to merge
         self._pager.drop(target.slot)
         with contextlib.suppress(OSError):
             os.close(target.contexts.guard)

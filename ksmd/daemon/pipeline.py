@@ -94,6 +94,7 @@ class Pipeline:
                 yield pause
             else:
                 yield 0.0
+        self.merger.settle_left_over()
         yield from self._recount()
         before = merge.windows
         for step in self.merging.holding(self.merger.remerge_pass(asked, merge)):

@@ -84,12 +84,14 @@ class Service:
         targets = Targets(settings, settings.resolved_tables(pages), ring, self._pager)
         targets.ours |= {self._pager.pid, self._engine.pid}
         self.pipeline = Pipeline(targets, self._engine, self._pager)
-        self.loop = Loop(self._background, self._may_scan, self._housekeep, self._on_signal)
+        self.loop = Loop(
+            self._background, self._may_scan, self._settled, self._housekeep, self._on_signal
+        )
         self.programs = Programs(self.pipeline, self.loop.turns, self.loop.selector)
         self.loop.serve(self.server)
         self._watch_pager()
         if adopted is not None:
-            adoption = Adoption(self.pipeline, self._engine, self._pager, ring)
+            adoption = Adoption(self.pipeline, self._pager, ring)
             adoption.restore()
             self._do("adopt", adoption.steps())
         self._rescue()
@@ -169,6 +171,9 @@ class Service:
     def _may_scan(self) -> bool:
         something = self._settings.targets or len(self.programs.registry)
         return not self._paused and self._settings.run == "merge" and bool(something)
+
+    def _settled(self) -> bool:
+        return self.pipeline.last is not None and self.pipeline.last.settled
 
     def _background(self) -> Iterator[float]:
         yield from self.pipeline.full_pass(asked=False)

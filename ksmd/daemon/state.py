@@ -43,6 +43,7 @@ PASSING = frozenset(
     }
 )
 _FIRST_PAUSE_SECS = 5.0
+_MISSES = 4
 _DIGEST_ENTRY = 32  # bytes; entries that were never used take no memory
 _LONGEST_PAUSE_SECS = 600.0
 
@@ -76,6 +77,7 @@ class Target:
     refused: Reason | None = None
     detail: str = ""
     pause_secs: float = 0.0
+    misses: int = 0
     retry_at: float = 0.0
     last_window: float = 0.0
     stops: StopTimes = field(default_factory=StopTimes)
@@ -103,6 +105,8 @@ class Target:
         if self.tell is not None and self.refused is not reason:
             self.tell("refused", self, reason=str(reason))
         self.refused, self.detail = reason, detail
+        if reason is Reason.UNSTOPPABLE:
+            self.misses = min(self.misses + 1, _MISSES)
         if reason in PASSING:
             self.pause_secs = min(self.pause_secs * 2 or _FIRST_PAUSE_SECS, _LONGEST_PAUSE_SECS)
             self.retry_at = now + self.pause_secs
@@ -114,6 +118,13 @@ class Target:
         if self.refused is not None and self.refused not in PASSING:
             return
         self.refused, self.detail, self.pause_secs, self.retry_at = None, "", 0.0, 0.0
+
+    def deadline_ms(self, base: float) -> float:
+        """The deadline of the next stop: doubled for each that this target missed.
+
+        A program with more busy threads than there are processors needs longer to stand still.
+        """
+        return base * (1 << self.misses)
 
     def may_stop(self, now: float, interval: float, asked: bool) -> bool:
         """Whether a stop window may be opened now."""

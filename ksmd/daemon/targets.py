@@ -135,7 +135,7 @@ class Targets:
 
     def _unwanted(self, target: Target) -> None:
         """Nothing selects the target any more: it goes when nothing in it is merged."""
-        if target.mappings:
+        if target.mappings or target.slot in self._pager.unsettled:
             target.selected = replace(target.selected, regions=(), also=())
         else:
             self.drop(target)
@@ -313,7 +313,13 @@ class PagerKeeper:
         length = extent.npages << PAGE_SHIFT
         pins = self._ring.slots(extent.token)
         label = ExtentLabel.of(self._domain, extent, pins, self._pager.key).as_json()
-        self._pager.keep(KeptExtent(place.inode, place.fd_ro, extent.offset(0), length, label))
+        kept = KeptExtent(place.inode, place.fd_ro, extent.offset(0), length, label)
+        try:
+            self._pager.keep(kept)
+        except KsmdError:
+            with contextlib.suppress(KsmdError):  # nor shall another pager be asked to
+                self._pager.release(place.inode)
+            raise
 
     def release(self, extent: Extent) -> None:
         """Let an extent go."""

@@ -139,7 +139,8 @@ class Unmerger:
         self, target: Target, result: UnmergeResult, spans: Intervals | None = None
     ) -> Iterator[UnmergeResult]:
         if target.contexts is None:
-            prepare(target, self._engine, self._pager, self._targets.settings.window.deadline_ms)
+            deadline = target.deadline_ms(self._targets.settings.window.deadline_ms)
+            prepare(target, self._engine, self._pager, deadline)
         if target.contexts is None:
             return
         self._targets.read_mappings(target, flags=True)

@@ -8,8 +8,8 @@ pidfd_getfd(2), and passes a channel of its own through it.
 
 The kernel admits whoever may attach to the pager with ptrace(2), which is the right that ksmd rests
 on anyway. In the other direction the daemon believes a process only if that could do everything
-ksmd does by itself: uid 0, CAP_SYS_PTRACE in effect, our user and pid namespace. So neither side
-can be a process that gains anything by the meeting.
+ksmd does by itself: our user or root, CAP_SYS_PTRACE in effect, our user and pid namespace. So
+neither side can be a process that gains anything by the meeting.
 """
 
 from __future__ import annotations
@@ -89,7 +89,9 @@ def knock(pid: int) -> socket.socket | None:
 
 def _could_be_us(pid: int) -> bool:
     fields = procfs.status_fields(pid)
-    if set(fields["Uid"].split()) != {"0"} or not int(fields["CapEff"], 16) & _CAP_SYS_PTRACE:
+    if set(fields["Uid"].split()) not in ({"0"}, {str(os.geteuid())}):
+        return False
+    if not int(fields["CapEff"], 16) & _CAP_SYS_PTRACE:
         return False
     for kind in ("user", "pid"):
         paths = (f"/proc/{which}/ns/{kind}" for which in (pid, "self"))

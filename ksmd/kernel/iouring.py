@@ -155,12 +155,26 @@ class PinRing:
         """
         return self._note([(self._rings[name], slot) for name, slot in slots])
 
-    def drop_empty(self) -> None:
-        """Close adopted rings of which no pin is known, from now on as soon as that is so.
+    def drop_unknown(self) -> None:
+        """Take off all pins of adopted rings that were not adopted, and close rings without any.
 
-        Not to be called where an adopted ring may hold pins that nobody could name.
+        They are of extents that an earlier daemon was giving back when it died. From now on a ring
+        is closed with its last pin. Not to be called where a pin may have lost its name.
         """
+        known = {slot for pin in self._pins.values() for slot in pin}
+        for fd in self._adopted:
+            for slot in range(SLOTS):
+                if (fd, slot) not in known:
+                    try:
+                        _update(fd, slot, 0, 0)
+                    except OSError as error:
+                        if error.errno != errno.EINVAL:  # a ring of another version has fewer slots
+                            raise _explain(error) from error
+                        break
         self._drops = True
+        self._drop_empty()
+
+    def _drop_empty(self) -> None:
         used = {fd for pin in self._pins.values() for fd, _ in pin}
         for name, fd in list(self._rings.items()):
             if fd in self._adopted - used:
@@ -216,7 +230,7 @@ class PinRing:
         """Take the pin *token* off. KeyError when there is none."""
         self._clear(self._pins.pop(token))
         if self._drops:
-            self.drop_empty()
+            self._drop_empty()
 
     def _clear(self, slots: list[tuple[int, int]]) -> None:
         for fd, slot in slots:

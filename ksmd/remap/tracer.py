@@ -75,7 +75,10 @@ class Tracer:
             finally:
                 for fd in fds:
                     os.close(fd)
-            channel.send(self._end, reply, data, tuple(out))
+            try:
+                channel.send(self._end, reply, data, tuple(out))
+            except channel.PeerGoneError:
+                return
             for fd in out:
                 os.close(fd)
 

@@ -117,7 +117,8 @@ class Window(_Model):
     deadline_ms: Annotated[int, Field(ge=1, le=1000)] = Field(
         default=10,
         description="Milliseconds within which all threads of a target must stand still; "
-        "where one does not, the target is let go and tried again later.",
+        "where one does not, the target is let go and tried again later, with twice the time "
+        "(up to sixteen times).",
     )
     max_pages: Annotated[int, Field(ge=1, le=1 << 20)] = Field(
         default=2048,

@@ -39,6 +39,10 @@ VICTIMS = Path(__file__).resolve().parent.parent / "victims"
 #: Generous: it only matters to tests of the deadline itself, which give their own.
 DEADLINE_MS = 2000.0
 
+#: Of a moment only: a thread waited in the kernel, or every thread was where none may be borrowed
+#: (at the delivery of a signal, in a restartable sequence).
+PASSING = (Reason.UNSTOPPABLE, Reason.NO_THREAD)
+
 #: Flags of a VMA that moving or renewing an anonymous mapping may change without effect: whether
 #: its memory counts as committed (ac, nr), and soft-dirty (sd).
 _UNSEEN_FLAGS = frozenset({"ac", "nr", "sd"})
@@ -102,13 +106,13 @@ class Lab:
         return subject
 
     def _setup(self, target: TargetId, tries: int = 50) -> TargetContexts:
-        """Try again where a thread waited in the kernel at that moment, as the daemon does."""
+        """Try again where the moment was a bad one, as the daemon does."""
         while True:
             try:
                 return self.engine.setup(target, DEADLINE_MS)
             except RefusedTargetError as error:
                 tries -= 1
-                if error.reason is not Reason.UNSTOPPABLE or not tries:
+                if error.reason not in PASSING or not tries:
                     raise
                 time.sleep(0.01)
 

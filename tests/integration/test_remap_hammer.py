@@ -39,7 +39,7 @@ from ksmd.model.window import Op, Record
 
 pytestmark = pytest.mark.root
 
-SECONDS = float(os.environ.get("KSMD_SOAK_SECONDS", "7"))
+SECONDS = float(os.environ.get("KSMD_SOAK_SECONDS", "5"))
 PATIENCE = 60.0
 
 ARENA = 0x510000000000

@@ -135,7 +135,7 @@ def test_target_survives_every_distance_from_the_limit_of_mappings(bench: Bench,
     limit = risks.max_map_count()
     seen: set[Reason | None] = set()
     bench.ask(f"crowd({limit - 800})")
-    for room in range(36, -1, -1):
+    for room in (*range(28, 10, -1), 7, 4, 1, 0):
         _has(bench, op)
         bench.ask(f"last_rooms({room}, {limit})")
         reasons = bench.window(op)

@@ -7,19 +7,20 @@ they come and go. The settings file is written anew and read again before every 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import pytest
 from harness import CROWDED, PATIENCE, Daemon
-from stirring import Figures, Stirrer
+from stirring import Stirrer
 
 from ksmd.client import Client
 
@@ -35,14 +36,24 @@ def need(*programs: str) -> None:
 
 
 class Crowd:
-    """Processes that are merged while the ``with`` block lasts."""
+    """Processes that are merged while the ``with`` block lasts: *least* pages in all, or it fails.
 
-    def __init__(self, start_daemon: Callable[..., Daemon], seed: int = 1) -> None:
+    ``breaths``: every other scan finds them standing still (SIGSTOP), for programs that change all
+    their memory all the time. Otherwise next to nothing of theirs is the same in two reads.
+    """
+
+    def __init__(
+        self, start_daemon: Callable[..., Daemon], least: int, *, breaths: bool = False
+    ) -> None:
+        self._least = least
+        self._breaths = breaths
+        self._started = time.monotonic()
+        self._turn = 0
         self._roots: list[subprocess.Popen[str]] = []
         self._adopted: list[int] = []
         self._chosen: list[int] = []
         self.daemon = start_daemon(_settings([]))
-        self.stirrer = Stirrer(self.daemon, lambda: self._chosen, seed, self._choose)
+        self.stirrer = Stirrer(self.daemon, lambda: self._chosen, least, self._around)
 
     def start(self, *command: str | Path, **options: Any) -> subprocess.Popen[str]:
         """Start a program, in a session of its own; its output is one text.
@@ -82,6 +93,25 @@ class Crowd:
                     waiting += map(int, (task / "children").read_text().split())
         return found
 
+    @contextlib.contextmanager
+    def _around(self, client: Client) -> Iterator[None]:
+        self._choose(client)
+        self._turn += 1
+        held = self._hold() if self._breaths and self._turn % 2 else []
+        try:
+            yield
+        finally:
+            _let_go(held, signal.SIGCONT)
+
+    def _hold(self) -> list[int]:
+        """Stop the processes: their pidfds."""
+        held = []
+        for pid in self._chosen:
+            with contextlib.suppress(ProcessLookupError):
+                held.append(os.pidfd_open(pid))
+                signal.pidfd_send_signal(held[-1], signal.SIGSTOP)
+        return held
+
     def _choose(self, client: Client) -> None:
         pids = sorted([*self._adopted, *self.pids()])
         if pids != self._chosen:
@@ -89,11 +119,26 @@ class Crowd:
             self.daemon.configure(_settings(pids))
             client.call("Reload")
 
-    def work(self, seconds: float = SECONDS) -> None:
-        """Let the crowd go on for so long, and for one scan at least."""
-        deadline = time.monotonic() + seconds
-        self.stirrer.await_scan()
-        while time.monotonic() < deadline and self.stirrer.error is None:
+    def enough(self) -> bool:
+        """Tell whether the round may end: its time is over, and enough has been merged.
+
+        What falls short for too long ends as well, and fails.
+        """
+        assert self.stirrer.error is None, f"{self.stirrer.error!r}: {self.daemon.log()}"
+        passed = time.monotonic() - self._started
+        merged = self.stirrer.figures.merged >= self._least
+        return passed > SECONDS and (merged or passed > 3 * SECONDS + PATIENCE)
+
+    def rounds(self) -> Iterator[int]:
+        """Count rounds, from 1, until it is enough."""
+        for number in itertools.count(1):
+            yield number
+            if self.enough():
+                break
+
+    def work(self) -> None:
+        """Let the crowd go on until it is enough."""
+        while not self.enough():
             time.sleep(0.1)
 
     def settle(self) -> None:
@@ -116,12 +161,12 @@ class Crowd:
         _trace: TracebackType | None,
     ) -> None:
         try:
-            self.figures = self.stirrer.stop()
-            print(self.figures)
+            figures = self.stirrer.stop()
+            print(figures)
         finally:
             self._kill()
         if kind is None:
-            assert self.figures.windows, "nothing was merged: no stop window was opened"
+            assert figures.merged >= self._least, f"too little was merged: {figures}"
 
     def _kill(self) -> None:
         """End what is left, children first: a dead parent's are no longer found."""
@@ -129,10 +174,7 @@ class Crowd:
         for pid in self.pids():
             with contextlib.suppress(ProcessLookupError):
                 held.append(os.pidfd_open(pid))
-        for fd in held:
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(fd, signal.SIGKILL)
-            os.close(fd)
+        _let_go(held, signal.SIGKILL)
         for root in self._roots:
             root.wait(PATIENCE)
             for stream in (root.stdin, root.stdout):
@@ -140,9 +182,12 @@ class Crowd:
                     stream.close()
 
 
-def judge(figures: Figures, merged: int) -> None:
-    """Fail where less than *merged* pages were merged: then nothing was proved."""
-    assert figures.merged >= merged, figures
+def _let_go(held: Sequence[int], number: int) -> None:
+    """Send processes a signal, by pidfds, which are closed."""
+    for fd in held:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(fd, number)
+        os.close(fd)
 
 
 def _settings(pids: Sequence[int]) -> Mapping[str, Any]:

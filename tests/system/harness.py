@@ -145,7 +145,7 @@ class Daemon:
                 stderr=log,
                 cwd=cwd,
                 start_new_session=True,
-                preexec_fn=_die_with_the_tests,
+                preexec_fn=_die_with_the_tests,  # noqa: PLW1509 - one system call, no locks
             )
         self.pid = self.process.pid
         self._await_ready()
@@ -236,14 +236,14 @@ class Daemon:
         held = next(held for held in self._helpers if held.pid == pid)
         held.send(signal.SIGKILL)
         assert held.gone(PATIENCE)
-        return pid
+        return int(pid)
 
     def stop(self, number: int = signal.SIGTERM) -> int:
         """Have it stop; its exit code."""
         if self.process.poll() is None:
             self.helpers()
             self.send(number)
-        return self.process.wait(PATIENCE)
+        return int(self.process.wait(PATIENCE))
 
     def close(self) -> None:
         """End everything that still runs, by pid."""

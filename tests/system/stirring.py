@@ -7,6 +7,7 @@ import random
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 from harness import Daemon
@@ -58,7 +59,7 @@ def unmerge(client: Client, pid: int) -> int:
 class Stirrer:
     """Scans, merges and gives back in a thread, until told to stop.
 
-    *pids* gives the processes that may be given back now; *before* is called before each scan.
+    *pids* gives the processes that may be given back now; *around* is entered for each scan.
     """
 
     def __init__(
@@ -66,13 +67,13 @@ class Stirrer:
         daemon: Daemon,
         pids: Callable[[], Sequence[int]],
         seed: int,
-        before: Callable[[Client], None] = lambda _: None,
+        around: Callable[[Client], AbstractContextManager[None]] = contextlib.nullcontext,
     ) -> None:
         self.figures = Figures()
         self.error: Exception | None = None
         self._daemon = daemon
         self._pids = pids
-        self._before = before
+        self._around = around
         self._random = random.Random(seed)
         self._stop = threading.Event()
         self._scanned = threading.Condition()
@@ -92,9 +93,9 @@ class Stirrer:
 
     def _turn(self, client: Client) -> None:
         for _ in range(self._random.randint(1, 3)):
-            self._before(client)
-            merged = client.call("Scan", wait=True)["merged"]
-            self._note(client.call("Status"))
+            with self._around(client):
+                merged = client.call("Scan", wait=True)["merged"]
+                self._note(client.call("Status"))
             with self._scanned:
                 self.figures.merged += merged
                 self.figures.scans += 1

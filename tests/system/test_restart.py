@@ -9,6 +9,7 @@ import contextlib
 import os
 import random
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -20,6 +21,7 @@ import numpy as np
 import pytest
 from harness import (
     CROWDED,
+    KSMD,
     PATIENCE,
     Arena,
     Daemon,
@@ -80,6 +82,23 @@ class Lives:
             held.end()
         self.daemon.process.kill()
         self._end()
+
+    def start_in_vain(self, seconds: float) -> None:
+        """Start one with the latest settings, and SIGKILL it on its way up, or soon after."""
+        log = self._directory / "vain.log"
+        daemon = self.daemon
+        with log.open("wb") as out:
+            process = subprocess.Popen(
+                [KSMD, "run", "--config", str(daemon.config), "--socket", str(daemon.socket)],
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
+            )
+        time.sleep(seconds)
+        process.kill()
+        process.wait()
+        self.logs.append(log.read_text())
 
     def stop(self) -> int:
         """Have the daemon stop as its settings say; its exit code."""
@@ -541,6 +560,8 @@ def test_killed_at_random_moments_daemons_adopt_all_and_no_target_notices(victim
             assert victim.ask(f"dontneed {page} 40") == {"bad": 0}
             victim.command(f"restore {page} 40")
             assert victim.ask("fork") == {"child": 0, "bad": 0}
+        if chance.random() < 0.3:
+            lives.start_in_vain(chance.uniform(0.5, 4.0))
         lives.start(settings)
         idle = four[:2]  # the others write at any moment
         counted = sum(shared(*idle))
@@ -549,7 +570,11 @@ def test_killed_at_random_moments_daemons_adopt_all_and_no_target_notices(victim
         assert told == counted, f"kill {kill}"
         adopted.append(counted)
         check_but_for_eintr(four, eintr, may_grow=False)
-    print(f"{KILLS} kills; merged pages found again: {adopted}; EINTR: {sum(eintr.values())}")
+    half = sum("windows were under way" in log for log in lives.logs)
+    print(
+        f"{KILLS} kills, {half} of them met within a window; merged pages found again: {adopted};"
+        f" EINTR: {sum(eintr.values())}"
+    )
     assert len(set(adopted)) > 1, "every kill met the same state"
     daemon = lives.daemon
     daemon.allow_again()

@@ -34,6 +34,12 @@ def guarded(pair: Pair) -> bool:
     return [one.ask("drop 77") for one in pair] == ["0", "0"] and right(pair)
 
 
+def knows_what_is_merged(service: Service) -> bool:
+    """Whether a new daemon has taken over what the one before it merged."""
+    counted = "the merged pages in the counters"
+    return bool(until(lambda: service.status()["pages_sharing"] >= 0.9 * PAGES, counted))
+
+
 def has_restarted(service: Service, before: int) -> bool:
     return service.main_pid not in (0, before) and service.state == "active/running/success"
 
@@ -141,10 +147,13 @@ def test_restarting_with_on_stop_keep_leaves_targets_merged_guarded_and_right(
     try:
         service.settle()
         before = service.main_pid
+        pager = service.helper("ksmd-pager")
         service.machine.run("systemctl", "restart", "ksmd.service")
         assert has_restarted(service, before)
         assert merged(pair)
         assert guarded(pair)
+        assert knows_what_is_merged(service)
+        assert service.machine.run("pgrep", "^ksmd-pager") == str(pager)
     finally:
         service.machine.run("sed", "-i", "s/^on_stop:.*/on_stop: unmerge/", "/etc/ksmd/ksmd.yaml")
 
@@ -197,7 +206,7 @@ def test_usr1_scans_now(service: Service, pair: Pair) -> None:
 def test_a_daemon_that_hangs_is_replaced_while_targets_stay_merged_and_right(
     service: Service, pair: Pair
 ) -> None:
-    service.drop_in("ksmd.service", "[Service]\nWatchdogSec=2s\n")
+    service.drop_in("ksmd.service", "[Service]\nWatchdogSec=6s\n")
     service.settle()
     before = service.main_pid
     service.signal("STOP")
@@ -205,16 +214,17 @@ def test_a_daemon_that_hangs_is_replaced_while_targets_stay_merged_and_right(
     assert "Watchdog timeout" in service.journal("--unit=ksmd")
     assert merged(pair)
     assert guarded(pair)
+    assert knows_what_is_merged(service)
 
 
 def test_a_daemon_that_works_is_left_alone_by_the_watchdog(service: Service, pair: Pair) -> None:
-    service.drop_in("ksmd.service", "[Service]\nWatchdogSec=2s\n")
+    service.drop_in("ksmd.service", "[Service]\nWatchdogSec=6s\n")
     service.settle()
     before = service.main_pid
     scans = service.status()["full_scans"]
     for _ in range(4):
         service.settle()
-    service.machine.run("sleep", "3")  # more than the watchdog's time, idle
+    service.machine.run("sleep", "7")  # more than the watchdog's time, idle
     assert service.status()["full_scans"] > scans
     assert service.main_pid == before
     assert right(pair)
@@ -231,6 +241,11 @@ def test_killing_the_daemon_leaves_targets_merged_guarded_and_right(
     assert int(service.machine.show("ksmd.service", "NRestarts")) >= 1
     assert merged(pair)
     assert guarded(pair)
+    assert knows_what_is_merged(service)
+    service.machine.run("systemctl", "stop", "ksmd.service")
+    assert [one.store_pages() for one in pair] == [0, 0]
+    assert right(pair)
+    assert service.machine.code("pgrep", "^ksmd-") == 1
 
 
 @pytest.mark.parametrize("helper", ["ksmd-pager", "ksmd-tracer"])
