@@ -49,9 +49,9 @@ _RETRIES = 3
 
 
 #: No extent of 2 MiB pages. A program may madvise(MADV_HUGEPAGE) and collapse a merged range that
-#: is congruent with such an extent; its 2 MiB entry would then go as a whole at the next write, drop
-#: or fork, and the guard, which takes every fault for a drop, would answer with zeros. Pinned 4 KiB
-#: pages cannot be collapsed by anybody.
+#: is congruent with such an extent; its 2 MiB entry would then go as a whole at the next write,
+#: drop or fork, and the guard, which takes every fault for a drop, would answer with zeros. Pinned
+#: 4 KiB pages cannot be collapsed by anybody.
 _LIMITS = PlanLimits(huge_pages=1 << 40)
 
 
