@@ -403,6 +403,8 @@ class Merger:
             vma, extent = mapping.vma, mapping.extent
             if extent.number not in domain.store.extents or vma.flags & _NEVER_AGAIN:
                 continue
+            if not vma.perms.startswith("rw-"):
+                continue
             _, broken = target.pagemap.still_shared(vma.start, vma.end)
             for page in broken[target.pagemap.exclusive_of(broken)].tolist():
                 offset = vma.offset + (page << PAGE_SHIFT) - vma.start

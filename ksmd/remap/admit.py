@@ -44,11 +44,12 @@ def _objection(record: Record, vma: Vma | None, extent_inode: int, rseq: set[int
         return Reason.NOT_MAPPED
     if vma.perms[3] != "p":
         return Reason.SHARED_MAPPING
+    # the stub compares what it moved aside, so it must be readable; unmerging makes it so itself
+    if record.op is not Op.UNMERGE and not vma.perms.startswith("rw-"):
+        return Reason.NOT_WRITABLE
     if record.op in (Op.MERGE, Op.ZERO):
         if vma.inode or vma.device != (0, 0):
             return Reason.FILE_BACKED
-        if not vma.perms.startswith("rw-"):
-            return Reason.NOT_WRITABLE
         first, last = record.start // PAGE_SIZE, (record.start + record.length - 1) // PAGE_SIZE
         if any(first <= page <= last for page in rseq):
             return Reason.RSEQ

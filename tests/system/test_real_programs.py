@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 from crowd import SECONDS, Crowd, need
 
-pytestmark = [pytest.mark.root, pytest.mark.slow]
+pytestmark = [pytest.mark.root, pytest.mark.slow, pytest.mark.soak]
 
 VICTIMS = Path(__file__).parents[1] / "victims"
 LIBRARIES = Path("/usr/lib/x86_64-linux-gnu")
