@@ -115,7 +115,7 @@ class Borrowed:
         """Wait for the thread: (event, signal) of its stop."""
         _, status = os.waitpid(self._thread.tid, _WALL)
         if not os.WIFSTOPPED(status):
-            self._session.stopped.threads.pop(self._thread.tid, None)
+            self._session.stopped.lost(self._thread.tid)
             raise RefusedError(Reason.GONE)
         return status >> 16, os.WSTOPSIG(status)
 

@@ -14,16 +14,20 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import time
 from dataclasses import dataclass, field
 from typing import Final
 
 from ksmd.kernel import procfs, ptrace
 from ksmd.kernel.ptrace import Registers
-from ksmd.model.errors import KsmdError, TargetGoneError
+from ksmd.model.errors import TargetGoneError
 from ksmd.model.refusal import Reason
 from ksmd.remap.frame import ERESTART_RESTARTBLOCK, NR_RESTART_SYSCALL
 
 _WALL: Final = 0x40000000
+#: How long a killed thread may take to end: it has to leave the kernel first.
+_DEATH_SECONDS: Final = 0.5
+_DEATH_POLL_SECONDS: Final = 0.0005
 _PF_USER_WORKER: Final = 0x4000
 _USER_CS: Final = 0x33
 
@@ -65,35 +69,63 @@ class Thread:
 
 @dataclass(slots=True)
 class Stopped:
-    """A process whose tasks all stand still. Made by :func:`stop`; ended by :meth:`release`."""
+    """A process whose tasks all stand still. Made by :func:`stop`; ended by :meth:`release`.
+
+    ``attached``: every thread that is ours to let go or to reap, the stopped ones included.
+    """
 
     pid: int
     threads: dict[int, Thread] = field(default_factory=dict)
+    attached: set[int] = field(default_factory=set)
 
     def release(self) -> None:
         """Detach every thread, with the signal that it was about to receive.
 
-        One that is alive and cannot be detached stands in a freezer of its cgroup: it would stay
-        ours, with our registers. DeadlineError then, for the tracer's end lets go of it.
+        A thread that was killed meanwhile is reaped: until its tracer has waited for it, no parent
+        hears of its death. The first thread comes last: it is reported when all others are gone.
         """
-        for thread in self.threads.values():
-            try:
-                ptrace.detach(thread.tid, thread.signal)
-            except OSError as error:
-                if error.errno != errno.ESRCH:
-                    raise
-                if _is_ours(self.pid, thread.tid):
-                    raise DeadlineError from error
+        for tid in sorted(self.attached, key=lambda tid: (tid == self.pid, tid)):
+            thread = self.threads.get(tid)
+            if thread is None or not _detach(thread):
+                _reap(self.pid, tid)
+        self.attached.clear()
         self.threads.clear()
 
+    def lost(self, tid: int) -> None:
+        """Forget a thread whose end was reported to us."""
+        self.attached.discard(tid)
+        self.threads.pop(tid, None)
 
-def _is_ours(pid: int, tid: int) -> bool:
-    """Whether a thread that does not answer lives on, traced by us; else it was killed."""
+
+def _detach(thread: Thread) -> bool:
+    """Let a stopped thread go; False where it does not stand still for us."""
     try:
-        fields = procfs.status_fields(pid, tid)
-    except KsmdError:
+        ptrace.detach(thread.tid, thread.signal)
+    except ProcessLookupError:
         return False
-    return fields["State"][0] not in procfs.DEAD_STATES and fields["TracerPid"] == str(os.getpid())
+    return True
+
+
+def _reap(pid: int, tid: int) -> None:
+    """Wait for the end of a thread that did not stand still: it was killed. If it stops, let it go.
+
+    DeadlineError where it does neither: it stands in a freezer of its cgroup, and the tracer's own
+    end lets go of it.
+    """
+    deadline = time.monotonic() + _DEATH_SECONDS
+    while True:
+        try:
+            found, status = os.waitpid(tid, _WALL | os.WNOHANG)
+        except ChildProcessError:
+            return
+        if found and not os.WIFSTOPPED(status):
+            return
+        thread = _arrived(pid, tid, status) if found else None
+        if thread is not None and _detach(thread):
+            return
+        if time.monotonic() > deadline:
+            raise DeadlineError
+        time.sleep(_DEATH_POLL_SECONDS)
 
 
 #: The original number of a system call that sits in restart_syscall now, by (pid, tid).
@@ -131,14 +163,15 @@ def _mend(pid: int, thread: Thread) -> None:
         _restarting[pid, thread.tid] = number
 
 
-def _seize(pid: int, tid: int) -> bool:
+def _seize(stopped: Stopped, tid: int) -> bool:
     """Seize and interrupt one thread; False when it has ended."""
     try:
         ptrace.seize(tid)
     except ProcessLookupError:
         return False
     except PermissionError:
-        return _seize_refused(pid, tid)
+        return _seize_refused(stopped.pid, tid)
+    stopped.attached.add(tid)
     try:
         ptrace.interrupt(tid)
     except ProcessLookupError:
@@ -161,38 +194,45 @@ def _seize_refused(pid: int, tid: int) -> bool:
     raise RefusedError(Reason.PRIVILEGE, f"ptrace seize of {tid}")
 
 
-def _await(pid: int, tid: int) -> Thread | None:
+def _await(stopped: Stopped, tid: int) -> Thread | None:
     """Wait for a seized thread's first stop; None when it ended instead."""
     try:
         _, status = os.waitpid(tid, _WALL)
     except ChildProcessError:
+        stopped.lost(tid)
         return None
     if not os.WIFSTOPPED(status):
+        stopped.lost(tid)
         return None
+    return _arrived(stopped.pid, tid, status)
+
+
+def _arrived(pid: int, tid: int, status: int) -> Thread | None:
+    """Make the record of a thread that reports a stop, and mend it; None when it was killed."""
     event = status >> 16
     try:
-        registers = ptrace.getregs(tid)
-    except ProcessLookupError:
+        thread = Thread(tid, event, 0 if event else os.WSTOPSIG(status), ptrace.getregs(tid))
+        _mend(pid, thread)
+    except (ProcessLookupError, TargetGoneError):
         return None
-    thread = Thread(tid, event, 0 if event else os.WSTOPSIG(status), registers)
-    _mend(pid, thread)
     return thread
 
 
 def stop(pid: int) -> Stopped:
     """Stop every task of *pid*, to a fixpoint. The caller holds an alarm for the deadline.
 
-    Raises RefusedError after letting go of what had stopped.
+    What it raises, it raises after letting go of what had stopped; but for DeadlineError, after
+    which the tracer process must end.
     """
     stopped = Stopped(pid)
     ended: set[int] = set()
     try:
         while True:
             new = [t for t in procfs.tasks(pid) if t not in stopped.threads and t not in ended]
-            seized = [tid for tid in new if _seize(pid, tid)]
+            seized = [tid for tid in new if _seize(stopped, tid)]
             ended.update(set(new).difference(seized))
             for tid in seized:
-                thread = _await(pid, tid)
+                thread = _await(stopped, tid)
                 if thread is None:
                     ended.add(tid)
                 else:
@@ -200,11 +240,13 @@ def stop(pid: int) -> Stopped:
             if not seized:
                 break
         _refuse_filtered(stopped)
-    except RefusedError:
+        if not stopped.threads:
+            raise RefusedError(Reason.GONE)
+    except DeadlineError:
+        raise
+    except BaseException:
         stopped.release()
         raise
-    if not stopped.threads:
-        raise RefusedError(Reason.GONE)
     return stopped
 
 

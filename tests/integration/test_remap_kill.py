@@ -9,6 +9,7 @@ printed (pytest -s, or -rP): how late waits ended, and calls that ended by EINTR
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import random
@@ -35,6 +36,7 @@ from remap_lab import (
 )
 
 from ksmd.kernel import procfs
+from ksmd.model.errors import TargetGoneError
 from ksmd.model.refusal import Reason
 from ksmd.model.units import PAGE_SHIFT, PAGE_SIZE
 from ksmd.model.window import Op, Record, WindowResult
@@ -204,3 +206,21 @@ def test_target_endures_the_death_of_its_tracer_at_every_ptrace_request(
     endurer.arena_is_right()
     print(f"\n{endurer.figures()}")
     assert endurer.tally["kills"] > 20, "the window made fewer requests than it can"
+
+
+def test_target_killed_at_any_time_is_gone_for_its_parent_at_once(
+    lab: Lab, programs: StartProgram
+) -> None:
+    # a tracer that does not wait for a dead tracee keeps its parent waiting for ever
+    source, tracers = random.Random(7), set()
+    for number in range(60):
+        endurer = Endurer(lab, programs, ("storm", "nanosleep")[number % 2])
+        killer = _kill_later(endurer.pid, source.uniform(0, 0.012))
+        with contextlib.suppress(TargetGoneError):  # seen before the window was opened
+            while (result := endurer.window()).refused is not Reason.GONE:
+                assert result.refused is None or result.refused in PASSING, says(result)
+        killer.join()
+        assert endurer.process.wait(PATIENCE) == -signal.SIGKILL
+        endurer.close()
+        tracers.add(lab.engine.pid)
+    assert len(tracers) < 10, "the tracer gives itself up for every target that is killed"
