@@ -32,6 +32,8 @@ _XSTATE_OFFSET: Final = 1024
 _FP_XSTATE_MAGIC1: Final = 0x46505853
 _FP_XSTATE_MAGIC2: Final = 0x46505845
 _SW_BYTES: Final = slice(464, 512)  # the software-reserved bytes of the FXSAVE area
+_TILE_DATA: Final = 1 << 18  # XFEATURE_MASK_XTILE_DATA, the only dynamic one
+_TILE_DATA_SIZE: Final = 8192
 _UC_FLAGS: Final = 6  # UC_SIGCONTEXT_SS | UC_STRICT_RESTORE_SS
 _UC_FP_XSTATE: Final = 1
 #: An alternate stack description that sigreturn refuses, so that the program's stays as it is.
@@ -97,7 +99,24 @@ def _ucontext(
     )
 
 
-def _xstate_for_sigreturn(xstate: bytes) -> bytes:
+def for_sigreturn(xstate: bytes) -> bytes:
+    """Cut from *xstate* (PTRACE_GETREGSET, NT_X86_XSTATE) what rt_sigreturn would refuse.
+
+    ptrace gives room for every feature that the CPU has. sigreturn takes no more than the thread
+    has room for, and a larger frame restores x87 and SSE alone (check_xstate_in_sigframe,
+    arch/x86/kernel/fpu/signal.c). The one feature that threads get room for only when they first
+    use it is AMX tile data, which is last in the layout.
+    """
+    all_features, in_use = struct.unpack_from("=Q40xQ", xstate, 464)
+    if not all_features & _TILE_DATA or in_use & _TILE_DATA:
+        return xstate
+    area = bytearray(xstate[:-_TILE_DATA_SIZE])
+    struct.pack_into("=Q", area, 464, all_features & ~_TILE_DATA)
+    return bytes(area)
+
+
+def _signed(xstate: bytes) -> bytes:
+    """Add the marks by which sigreturn tells an XSAVE area from an FXSAVE area."""
     size = len(xstate)
     software = struct.pack("=II8sI", _FP_XSTATE_MAGIC1, size + 4, xstate[464:472], size)
     area = bytearray(xstate)
@@ -129,7 +148,8 @@ def build(
 ) -> bytes:
     """Give the bytes to lay down at *anchor*; *scratch* is (address, length) of the stub's memory.
 
-    *registers* are those to return to (see :func:`interrupted_call`), *mask* the thread's own.
+    *registers* are those to return to (see :func:`interrupted_call`), *xstate* is what
+    :func:`for_sigreturn` gave, *mask* the thread's own.
     """
     segments = (registers.field("cs"), registers.field("ss"))
     back = {name: registers.field(name) for name in _ORDER}
@@ -147,7 +167,5 @@ def build(
     }
     f1 = restorer + _ucontext(clean, segments, _UC_FLAGS, _ALL_BLOCKED, 0)
     return (
-        f1.ljust(F2_OFFSET, b"\0")
-        + f2.ljust(_XSTATE_OFFSET - F2_OFFSET, b"\0")
-        + _xstate_for_sigreturn(xstate)
+        f1.ljust(F2_OFFSET, b"\0") + f2.ljust(_XSTATE_OFFSET - F2_OFFSET, b"\0") + _signed(xstate)
     )

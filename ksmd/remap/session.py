@@ -19,6 +19,7 @@ from ksmd.model.refusal import Reason
 from ksmd.model.units import PAGE_SIZE
 from ksmd.remap import places, stub
 from ksmd.remap.borrowed import Borrowed, Contexts, Outcome
+from ksmd.remap.frame import for_sigreturn
 from ksmd.remap.stop import RefusedError, Stopped, choose, stop
 
 _RSEQ_CS_OFFSET: Final = 8
@@ -132,7 +133,7 @@ class Session:
     def refuse_stale_stub(self) -> None:
         """Raise RefusedError while an earlier tracer's stub is at work; nothing is changed."""
         found, stack = places.find(self.pid, self.memory)
-        xstate = ptrace.getxstate(next(iter(self.stopped.threads)))
+        xstate = for_sigreturn(ptrace.getxstate(next(iter(self.stopped.threads))))
         anchor = places.find_anchor(self.stopped, self.memory, stack, len(xstate), found)
         places.refuse_stale_stub(self.stopped, anchor)
 
@@ -151,7 +152,7 @@ class Session:
         """
         found, stack = places.find(self.pid, self.memory)
         thread = choose(self.stopped, self._inside_rseq() | self._rseq_within(records))
-        xstate = ptrace.getxstate(thread.tid)
+        xstate = for_sigreturn(ptrace.getxstate(thread.tid))
         anchor = places.find_anchor(self.stopped, self.memory, stack, len(xstate), found)
         places.refuse_stale_stub(self.stopped, anchor)
         borrowed = Borrowed(self, thread, anchor, found, xstate)

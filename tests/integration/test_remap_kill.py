@@ -43,7 +43,7 @@ from ksmd.model.window import Op, Record, WindowResult
 
 pytestmark = pytest.mark.root
 
-MODES = "compute nanosleep epoll futex pipe poll storm churn write drop".split()
+MODES = "compute tiles nanosleep epoll futex pipe poll storm churn write drop".split()
 KILLS = int(os.environ.get("KSMD_SOAK_KILLS", "100"))
 PATIENCE = 30.0
 

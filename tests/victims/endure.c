@@ -6,11 +6,13 @@
  * memory of 64-bit words: rounds, wrong results, calls that ended by EINTR, the latest end of a
  * wait after its timeout (microseconds), and what was wrong last.
  *
- * MODE: compute | nanosleep | epoll | futex | pipe | poll | storm | churn | write | drop.
- * storm: signals every 200 us, taken on the ordinary stack. churn: malloc, realloc, mmap, munmap.
+ * MODE: compute | tiles | nanosleep | epoll | futex | pipe | poll | storm | churn | write | drop.
+ * tiles: AMX tile registers, which threads get room for when they first use them; compute where there
+ * are none. storm: signals every 200 us, taken on the ordinary stack. churn: malloc, realloc, mmap, munmap.
  * write: three threads write to the arena. drop: three threads drop pages of it and refill them.
  */
 #include <errno.h>
+#include <immintrin.h>
 #include <linux/futex.h>
 #include <poll.h>
 #include <pthread.h>
@@ -126,6 +128,39 @@ static void do_compute(uint64_t round)
 {
 	if (check_registers(round, 20000))
 		wrong(3000);
+}
+
+#define ARCH_REQ_XCOMP_PERM 0x1023
+#define XFEATURE_XTILEDATA 18
+#define TILE 1024
+
+static int has_tiles(void)
+{
+	return __builtin_cpu_supports("amx-tile") &&
+	       !syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA);
+}
+
+__attribute__((target("amx-tile"))) static void do_tiles(uint64_t round)
+{
+	static const struct {
+		uint8_t palette, start_row, reserved[14];
+		uint16_t bytes[16];
+		uint8_t rows[16];
+	} configuration = { .palette = 1, .bytes = { 64, 64 }, .rows = { 16, 16 } };
+	static uint8_t in[TILE], out[TILE];
+
+	for (int i = 0; i < TILE; i++)
+		in[i] = (uint8_t)(round * 131 + (uint64_t)i * 29 + 1);
+	_tile_loadconfig(&configuration);
+	_tile_loadd(0, in, 64);
+	_tile_loadd(1, in, 64);
+	for (volatile int spin = 0; spin < 20000; spin++)
+		;
+	_tile_stored(1, out, 64);
+	if (memcmp(in, out, TILE))
+		wrong(3100);
+	if (round % 2)
+		_tile_release();
 }
 
 static void do_wait(const char *mode)
@@ -292,11 +327,14 @@ int main(int argc, char **argv)
 	for (long page = 0; page < pages; page++)
 		fill(page);
 	prepare(mode);
+	const int tiles = has_tiles();
+
 	ctl[READY] = 1;
 	if (crew_round)
 		crew((void *)0);
 	for (uint64_t round = 1;; round++) {
 		if (!strcmp(mode, "compute")) do_compute(round);
+		else if (!strcmp(mode, "tiles")) tiles ? do_tiles(round) : do_compute(round);
 		else if (!strcmp(mode, "storm")) do_storm(round);
 		else if (!strcmp(mode, "churn")) do_churn(&state);
 		else do_wait(mode);
