@@ -25,7 +25,7 @@ from ksmd.model.errors import KsmdError
 _RMAP_ITEM = 64
 _STABLE_NODE = 64
 _POLL_SECONDS = 0.002
-_RESCAN_SECONDS = 120.0
+_RESCAN_SECONDS = 600.0
 
 _SETTINGS: dict[str, int | str] = {
     "advisor_mode": "none",  # first: it would set pages_to_scan itself
@@ -45,7 +45,8 @@ def unusable(folder: Path = ksm.SYSFS) -> str:
     if values.get("run") == 1 or int(values.get("pages_shared", 0)):
         return (
             "kernel KSM is in use on this host"
-            f" (run={values.get('run')}, pages_shared={values.get('pages_shared')})"
+            f" (run={values.get('run')}, pages_shared={values.get('pages_shared')};"
+            f" what ended processes left there goes by writing 2 to {folder / 'run'})"
         )
     if kernel_thread("ksmd") is None:
         return "the kernel thread of KSM cannot be found"

@@ -127,7 +127,17 @@ def _facts(status: Mapping[str, Any], available: int | None) -> list[tuple[str, 
             f" {render.size(status['metadata_bytes'])} of it tables and VMAs",
         ),
         ("Headroom", headroom),
+        *_tuned(status),
     ]
+
+
+def _tuned(status: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Say what is not as the settings file has it."""
+    names = [name for name, origin in status.get("sources", {}).items() if ":" not in origin]
+    names = [name for name in names if status["sources"][name] != "default"]
+    if not names:
+        return []
+    return [("Tuned", f"{', '.join(names)} were set by a call, until a restart or reload")]
 
 
 def _advice(status: Mapping[str, Any], available: int | None) -> list[str]:

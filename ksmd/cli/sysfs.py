@@ -26,6 +26,8 @@ HELP = "show ksmd in a directory shaped as /sys/kernel/mm/ksm"
 #: As sysfs: one page, whatever is in it.
 _SIZE = 4096
 _TIMEOUT = 60.0
+#: Writing 2 to run lasts until everything is unmerged, as it does with KSM.
+_WRITE_TIMEOUT = 600.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,7 +51,6 @@ def run(args: argparse.Namespace) -> int:
             str(args.mount.absolute()),
             raw_fi=True,
             foreground=True,
-            nothreads=True,
             fsname="ksmd",
             subtype="sysfs",
             allow_other=True,
@@ -118,7 +119,7 @@ def _operations(fuse: Any, socket: Path | str, mounted: list[str]) -> Any:
         def write(self, path: str, data: bytes, offset: int, _info: object) -> int:
             if offset:
                 raise fuse.FuseOSError(errno.EINVAL)
-            with _translated(fuse), Client(socket, _TIMEOUT) as ksmd:
+            with _translated(fuse), Client(socket, _WRITE_TIMEOUT) as ksmd:
                 sysfs_files.write(path[1:], data, ksmd)
             return len(data)
 

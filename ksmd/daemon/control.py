@@ -288,9 +288,11 @@ class ControlServer:
         try:
             result = self._answer(call)
         except CallError as error:
-            what = f"{call.method} {error.name}" if call.peer.uid else ""
-            if what:
-                self._quiet.info(what, call.peer.uid, "refused pid %d: %s", call.peer.pid, what)
+            if call.peer.uid != 0:
+                # only what is ours is logged: a method's name may be any text of the caller's
+                _, method = split_method(call.method)
+                kind = f"{method if method in access.METHODS else 'a call'}: {error.name}"
+                self._quiet.info(kind, call.peer.uid, "refused pid %d: %s", call.peer.pid, kind)
             call.error(error.name, **error.parameters)
         except TargetGoneError as error:
             call.error("TargetGone", message=str(error), hint=error.hint)

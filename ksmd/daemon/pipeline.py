@@ -70,7 +70,8 @@ class Pipeline:
     def full_pass(self, asked: bool) -> Iterator[float]:
         """Scan everything once and merge what the scan found; sets :attr:`last`."""
         pause = 0.0 if asked else self._settings.scan.sleep_millisecs / 1000
-        self.targets.refresh()
+        for _ in self.targets.refreshing():
+            yield 0.0
         scan = ScanResult()
         for _ in self.scanner.full_scan(self._settings.scan.pages_to_scan, scan):
             yield pause

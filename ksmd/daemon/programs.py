@@ -16,7 +16,7 @@ from typing import Any
 
 from ksmd.core.scope import Ranges
 from ksmd.daemon.access import denied
-from ksmd.daemon.allowance import Allowance
+from ksmd.daemon.allowance import SHARE, Allowance
 from ksmd.daemon.connection import Call, CallError
 from ksmd.daemon.events import Events
 from ksmd.daemon.pipeline import Pipeline
@@ -80,7 +80,7 @@ class Programs:
                 "RateLimited",
                 message=f"ksmd has worked for user {uid} for as long as it may",
                 hint="try again a little later",
-                seconds=round(-left / 0.25 + 0.1, 1),
+                seconds=round(-left / SHARE + 0.1, 1),
             )
         with self.allowance.charged(uid):
             yield

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 _MOST_KINDS = 1024
+_LONGEST = 200
 
 
 class Quiet:
@@ -21,4 +22,5 @@ class Quiet:
         if len(self._said) >= _MOST_KINDS:
             self._said.clear()
         self._said.add((kind, uid))
-        self._log.info("uid %d: " + message + " (said once)", uid, *args)
+        said = (message % args)[:_LONGEST]  # it may quote what the caller sent
+        self._log.info("uid %d: %s (said once)", uid, said)

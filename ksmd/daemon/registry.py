@@ -260,12 +260,13 @@ class Registry:
         except BaseException:
             os.close(pidfd)
             raise
-        if (known := self._processes.get(found)) is not None:
+        known = self._processes.get(found)
+        if known is not None and known.token != token:
+            self._forget_process(known, ended=False)  # another program: what it held is no more
+            known = self._processes.get(found)
+        if known is not None:
             os.close(pidfd)
-            if known.token != token:
-                self._forget_process(known, ended=False)
-                known.token = token
-            known.uid = uid or known.uid
+            known.token, known.uid = token, uid or known.uid
             return known
         process = Process(found, uid, pidfd, token)
         self._processes[found] = process

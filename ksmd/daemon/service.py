@@ -256,6 +256,8 @@ class Service:
                 self._paused = True
                 return {}
             case "Resume":
+                self._tuning.resume()
+                self.pipeline.targets.settings = self._tuning.effective
                 self._resume()
                 return {}
             case "Features":

@@ -87,6 +87,11 @@ class Targets:
 
     def refresh(self) -> None:
         """Select anew, drop who is gone, and read the maps of everyone."""
+        for _ in self.refreshing():
+            pass
+
+    def refreshing(self) -> Iterator[None]:
+        """Do as :meth:`refresh`, yielding after each target: maps may be long."""
         chosen, self.refusals = select(
             self._candidates(), self.settings.targets, ours=self.ours, age_of=_age
         )
@@ -108,6 +113,7 @@ class Targets:
                 self._add(selected)
         for target in self:
             self.read_areas(target)
+            yield
 
     def refresh_one(self, process: TargetId) -> Target | None:
         """Select one process anew and read its maps; None when it is no target (any more)."""

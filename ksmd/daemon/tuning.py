@@ -7,7 +7,7 @@ are always a whole :class:`~ksmd.settings.Settings`, so that nothing else has to
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from ksmd.daemon.connection import CallError
@@ -55,6 +55,11 @@ class Tuning:
                 errno=EPERM,
             )
         self.given = info
+
+    def resume(self) -> None:
+        """Set the run flag again where a call cleared it and the file says merge."""
+        if self.given is not None and not self.given.flags and self.base.run == "merge":
+            self.given = replace(self.given, flags=FLAG_RUN)
 
     def reload(self, base: Settings, origins: Mapping[tuple[str | int, ...], str]) -> None:
         """Take the file's word again."""

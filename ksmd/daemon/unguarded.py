@@ -13,12 +13,14 @@ no longer locked; so this is done as early as possible.
 
 A store mapping of another daemon is guarded or, within a window, about to be: its VMA is registered
 or its process traced, and neither lasts. So who is found twice, some time apart, is ours to help. A
-process cannot pretend to be one: the file must belong to root and be sealed off by its mode.
+process cannot pretend to be one: the file must belong to root, or to the user ksmd runs as, and be
+sealed off by its mode.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import stat
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
@@ -184,5 +186,5 @@ def _is_extent(pid: int, vma: Vma) -> bool:
         found = Path(f"/proc/{pid}/map_files/{vma.start:x}-{vma.end:x}").stat()
     except OSError:
         return False
-    sealed_off = found.st_uid == 0 and stat.S_IMODE(found.st_mode) == 0
+    sealed_off = found.st_uid in (0, os.geteuid()) and stat.S_IMODE(found.st_mode) == 0
     return sealed_off and found.st_size == memfd.FILE_SIZE

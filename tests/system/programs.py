@@ -99,7 +99,10 @@ import ctypes
 os.setgroups([]); os.setresgid(uid, uid, uid); os.setresuid(uid, uid, uid)
 m = mmap.mmap(-1, pages * 4096, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 m.madvise(15)
-m[:] = random.Random(seed).randbytes(pages * 4096)
+numbers = random.Random(seed)
+for at in range(0, len(m), 1 << 20):
+    end = min(at + (1 << 20), len(m))
+    m[at:end] = numbers.randbytes(end - at)
 before = hashlib.sha256(m).digest()
 address = ctypes.addressof(ctypes.c_char.from_buffer(m))
 if fd >= 0:
@@ -148,6 +151,10 @@ class Puppet:
         self.children: list[int] = []
         assert self._process.stdout is not None
         found = fields(self._process.stdout.readline())
+        if not found:
+            self.raw = Raw(sock)
+            self.close()
+            raise PermissionError(f"user {uid} cannot connect to {path}")
         self.address, self.pages = found["address"], found["pages"]
         self.raw = Raw(sock)
         self.sma = 0
