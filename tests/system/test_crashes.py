@@ -160,7 +160,6 @@ def test_when_the_tracer_is_killed_between_scans_the_next_scan_goes_on(pair, dae
         check_all(pair)
 
 
-@pytest.mark.soak  # failed once on a loaded machine, for a reason not found yet
 def test_the_tracer_may_be_killed_at_any_instant_of_merging_and_giving_back(victims, daemons):
     four = [victims(pages=512, layout="mixed") for _ in range(2)]
     four += [victims("all", pages=256) for _ in range(2)]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import pytest
 from crowd import SECONDS, Crowd, need
+from guest import guest_memory
 
 pytestmark = [pytest.mark.root, pytest.mark.slow, pytest.mark.soak]
 
@@ -80,60 +82,66 @@ def test_memtester_finds_no_fault(crowd):
 def test_two_redis_with_one_data_set_keep_its_digest(crowd, tmp_path):
     need("redis-server")
     with crowd(2000) as it:
-        sockets = [tmp_path / "a.sock", tmp_path / "b.sock"]
+        places = [tmp_path / "a.sock", tmp_path / "b.sock"]
 
-        def ask(socket: Path, *command: str) -> str:
+        def ask(place: Path, *command: str) -> str:
             done = subprocess.run(
-                ["redis-cli", "-s", socket, *command],
+                ["redis-cli", "-s", place, *command],
                 capture_output=True, text=True, timeout=120, check=True,
             )  # fmt: skip
             return done.stdout.strip()
 
         servers = []
-        for socket in sockets:
-            (tmp_path / socket.stem).mkdir()
+        for place in places:
+            (tmp_path / place.stem).mkdir()
             servers.append(
                 it.start(
-                    "redis-server", "--port", "0", "--unixsocket", str(socket), "--save", "",
-                    "--enable-debug-command", "local", "--dir", str(tmp_path / socket.stem),
+                    "redis-server", "--port", "0", "--unixsocket", str(place), "--save", "",
+                    "--enable-debug-command", "local", "--dir", str(tmp_path / place.stem),
                     stdout=subprocess.DEVNULL,
                 )
             )  # fmt: skip
-        for socket in sockets:
-            while not socket.exists():
+        for place in places:
+            while not place.exists():
                 time.sleep(0.05)
-            assert ask(socket, "debug", "populate", "60000", "key", "120") == "OK"
-        digests = {ask(socket, "debug", "digest") for socket in sockets}
+            assert ask(place, "debug", "populate", "60000", "key", "120") == "OK"
+        digests = {ask(place, "debug", "digest") for place in places}
         assert len(digests) == 1
         it.settle()
         for _ in it.rounds():
             load = [
                 subprocess.Popen(
-                    ["redis-benchmark", "-s", socket, "-n", "20000", "-r", "5000", "-q",
+                    ["redis-benchmark", "-s", place, "-n", "20000", "-r", "5000", "-q",
                      "--dbnum", "9", "-t", "set,get,lpush,lpop,hset,spop,zadd"],
                     stdout=subprocess.DEVNULL,
                 )
-                for socket in sockets
+                for place in places
             ]  # fmt: skip
-            for socket in sockets:
-                ask(socket, "bgsave")
+            for place in places:
+                ask(place, "bgsave")
             assert [one.wait(300) for one in load] == [0, 0]
-            for socket in sockets:
-                ask(socket, "-n", "9", "flushdb")
-                assert {ask(socket, "debug", "digest")} == digests
-                while "rdb_bgsave_in_progress:1" in ask(socket, "info", "persistence"):
+            for place in places:
+                ask(place, "-n", "9", "flushdb")
+                assert {ask(place, "debug", "digest")} == digests
+                while "rdb_bgsave_in_progress:1" in ask(place, "info", "persistence"):
                     time.sleep(0.05)
-                assert "rdb_last_bgsave_status:ok" in ask(socket, "info", "persistence")
-        for socket in sockets:
-            assert ask(socket, "debug", "reload") == "OK"
-            assert {ask(socket, "debug", "digest")} == digests
+                assert "rdb_last_bgsave_status:ok" in ask(place, "info", "persistence")
+        for place in places:
+            assert ask(place, "debug", "reload") == "OK"
+            assert {ask(place, "debug", "digest")} == digests
         assert [it.end(server) for server in servers] == [0, 0]
+
+
+def free_port() -> str:
+    """Give a port of the loopback interface that nobody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return str(server.getsockname()[1])
 
 
 def test_memcached_returns_what_was_stored(crowd):
     need("memcached", "memcaslap")
     with crowd(20) as it:
-        ports = ["21311", "21312"]
+        ports = [free_port() for _ in range(2)]
         for port in ports:
             it.start("memcached", "-u", "nobody", "-l", "127.0.0.1", "-p", port, "-U", "0",
                      "-m", "64")  # fmt: skip
@@ -294,35 +302,6 @@ def test_java_workers_keep_their_heaps(crowd, tmp_path, collector):
 
 # -- whole machines, and those who look into processes ---------------------------------------------
 
-INIT = """#!/bin/busybox sh
-/bin/busybox --install -s /bin
-export PATH=/bin
-mount -t tmpfs none /data
-for i in 1 2 3 4 5 6 7 8; do cat /bin/busybox > /data/$i; done
-cd /data; md5sum * > /sums
-n=0
-while md5sum -c -s /sums; do
-    n=$((n + 1)); echo "OK $n"
-    cat /bin/busybox > /data/new && mv /data/new /data/$((n % 8 + 1))
-done
-echo CORRUPT
-"""
-
-
-def guest_memory(place: Path) -> Path:
-    """Make an initial RAM disk of busybox and INIT."""
-    root = place / "root"
-    for name in ("bin", "data", "dev"):
-        (root / name).mkdir(parents=True)
-    (root / "bin/busybox").write_bytes(Path("/bin/busybox").read_bytes())
-    (root / "init").write_text(INIT)
-    for program in ("bin/busybox", "init"):
-        (root / program).chmod(0o755)
-    subprocess.run(["mknod", root / "dev/console", "c", "5", "1"], check=True)
-    command = "find . | cpio -o -H newc --quiet > ../initrd"
-    subprocess.run(command, shell=True, cwd=root, check=True)
-    return place / "initrd"
-
 
 def test_guests_find_their_files_whole(crowd, tmp_path):
     kernel = Path(os.environ.get("KSMD_TEST_CACHE", "/var/cache/ksmd-tests")) / "vmlinuz"
@@ -374,27 +353,36 @@ def test_valgrind_sees_no_error_in_a_merged_program(crowd, tmp_path):
                 assert said == expected
 
 
+def look(it: Crowd, victim, image: Path, core: Path) -> None:
+    """Have gdb copy the arena of a live process, and dump the process."""
+    address, npages = victim.region
+    arena = f"{address} {address + npages * 4096}"
+    commands = ["info threads", f"dump binary memory {image} {arena}", f"gcore {core}", "detach"]
+    said = ""
+    for _ in range(20):
+        process = it.start(
+            "gdb", "-q", "-batch", "-p", str(victim.pid), *(w for c in commands for w in ("-ex", c))
+        )
+        said, _ = process.communicate(timeout=120)
+        # one tracer at a time: whoever comes in the middle of a stop window has to come again
+        if "ptrace: Operation not permitted" not in said:
+            break
+    assert f"Saved corefile {core}" in said, said
+    it.run(
+        "gdb", "-q", "-batch", "-c", str(core), "-ex", f"dump binary memory {image}.core {arena}"
+    )
+
+
 def test_gdb_looks_into_a_merged_process_and_dumps_it_whole(crowd, tmp_path, victims):
     need("gdb")
     pair = [victims("writers", pages=2048) for _ in range(2)]
+    image, core = tmp_path / "image", tmp_path / "core"
     with crowd(1000) as it:
         it.adopt(*(victim.pid for victim in pair))
         it.settle()
         for _ in it.rounds():
             for victim in pair:
-                core = tmp_path / "core"
-                address, npages = victim.region
-                image = tmp_path / "image"
-                said = it.run(
-                    "gdb", "-q", "-batch", "-p", str(victim.pid), "-ex", "info threads",
-                    "-ex", f"dump binary memory {image} {address} {address + npages * 4096}",
-                    "-ex", f"gcore {core}", "-ex", "detach",
-                )  # fmt: skip
-                assert f"Saved corefile {core}" in said, said
-                it.run(
-                    "gdb", "-q", "-batch", "-c", str(core),
-                    "-ex", f"dump binary memory {image}.core {address} {address + npages * 4096}",
-                )  # fmt: skip
+                look(it, victim, image, core)
                 assert image.read_bytes() == Path(f"{image}.core").read_bytes()
                 assert victim.check(), victim.report()
     for victim in pair:

@@ -534,7 +534,6 @@ def _work(socket: Path, over: threading.Event) -> None:
                 ksmd.call(method, **({"wait": True} if method in ("Scan", "Unmerge") else {}))
 
 
-@pytest.mark.soak  # it still finds lives in which an adopted target is missing
 def test_killed_at_random_moments_daemons_adopt_all_and_no_target_notices(victims, lives):
     four = [victims(pages=1024, layout="mixed") for _ in range(2)]
     four += [victims("all", pages=256), victims("write", pages=256)]

@@ -10,8 +10,8 @@
  *   pages     the digest of every page by itself, "<slot> <page> <digest>", then "end"
  *   quit
  *
- * The trace has a line for each operation: its number, its name, the digest after it, the range that
- * it chose last and how it was used. Children write theirs, and the digest of every page, beside it.
+ * The trace has a line for each operation: its number, its name, the digest after it, the range it
+ * chose last and how it was used. Children write theirs, and the digest of every page, beside it.
  */
 #include <sys/personality.h>
 
@@ -29,7 +29,7 @@ static const struct op {
 	OP(copy, 80),
 	/* not in children: */
 	OP(exec, 8), OP(signal, 40), OP(malloc, 50), OP(faults, 12), OP(thread, 20),
-	OP(fork, 3), /* seldom: pages that fork has shared cannot be merged before they are written */
+	OP(fork, 3), /* seldom: what fork has shared cannot be merged before it is written */
 };
 #define NOPS ((int)(sizeof ops / sizeof *ops))
 #define CHILD_OPS 18
@@ -73,8 +73,8 @@ static void step(u64 *digest, struct rng *r, int count)
 	noted.how = noted.slot = noted.first = noted.pages = 0;
 	op->run(digest, r);
 	if (trace)
-		fprintf(trace, "%ld %s %016lx (slot %ld pages %ld+%ld, %ld)\n", done, op->name, *digest,
-			noted.slot, noted.first, noted.pages, noted.how);
+		fprintf(trace, "%ld %s %016lx (slot %ld pages %ld+%ld, %ld)\n", done, op->name,
+			*digest, noted.slot, noted.first, noted.pages, noted.how);
 	done++;
 }
 
@@ -93,7 +93,7 @@ static unsigned char flags_of[SLOTS][2 * HALF / PAGE];
 /* The protection, and the advice that a program relies on, of every page of every slot. */
 static void read_flags(void)
 {
-	static const char *const named[] = { " lo", " dc", " wf", " dd", " um" };
+	static const char *const named[] = { " lo", " dc", " wf", " dd" };
 	static char line[65536];
 	FILE *file = fopen("/proc/self/smaps", "re");
 	u64 start = 0, end = 0;
@@ -106,7 +106,8 @@ static void read_flags(void)
 		char text[8];
 
 		if (sscanf(line, "%lx-%lx %4s", &start, &end, text) == 3) {
-			perms = 128 | (text[0] == 'r') | (text[1] == 'w') << 1 | (text[3] == 's') << 2;
+			perms = 128 | (text[0] == 'r') | (text[1] == 'w') << 1;
+			perms |= (text[3] == 's') << 2;
 		} else if (!strncmp(line, "VmFlags:", 8) && start >= BASE + offset_bytes &&
 			   end <= BASE + offset_bytes + SLOTS * STRIDE) {
 			unsigned flags = perms;
@@ -245,9 +246,11 @@ int main(int argc, char **argv)
 		if (!value)
 			return 2;
 		value++;
-		if (!strncmp(argv[i], "--seed=", 7)) r.state = strtoul(value, NULL, 0);
+		unsigned long number = strtoul(value, NULL, 0);
+
+		if (!strncmp(argv[i], "--seed=", 7)) r.state = number;
 		else if (!strncmp(argv[i], "--directory=", 12)) directory = value;
-		else if (!strncmp(argv[i], "--offset=", 9)) offset_bytes = strtoul(value, NULL, 0) * PAGE;
+		else if (!strncmp(argv[i], "--offset=", 9)) offset_bytes = number * PAGE;
 		else if (!strncmp(argv[i], "--trace=", 8)) trace = fopen(trace_path = value, "we");
 		else if (strncmp(argv[i], "--token=", 8)) return 2; /* for whoever selects us by it */
 	}

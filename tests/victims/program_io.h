@@ -1,4 +1,4 @@
-/* Operations of program.c that let the kernel read and write candidates: pipes, files, processes. */
+/* Operations of program.c that let the kernel read and write candidates: pipes, files, itself. */
 #ifndef PROGRAM_IO_H
 #define PROGRAM_IO_H
 

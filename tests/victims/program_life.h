@@ -219,7 +219,8 @@ static void *answer_faults(void *unused)
 	for (;;) {
 		struct pollfd one = { .fd = faults, .events = POLLIN };
 
-		if (poll(&one, 1, -1) < 1 || read(faults, &message, sizeof message) != sizeof message)
+		if (poll(&one, 1, -1) < 1
+		    || read(faults, &message, sizeof message) != sizeof message)
 			continue;
 		u64 at = message.arg.pagefault.address & ~(PAGE - 1);
 		paint_page((char *)page, fault_seed + (at - offset_bytes) / PAGE % 7 * 100 + 1);
@@ -361,7 +362,8 @@ static void start_crew(void)
 
 		own[i].at = own[i].home;
 		own[i].pages = 400;
-		map_at(own[i].at, 400 * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1);
+		map_at(own[i].at, 400 * PAGE, PROT_READ | PROT_WRITE,
+		       MAP_PRIVATE | MAP_ANONYMOUS, -1);
 		paint(&unused, own[i].at, 400, random_id(&r), 1);
 		if (pthread_create(&thread, NULL, work, (void *)(intptr_t)i))
 			die("pthread_create");

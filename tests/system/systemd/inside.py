@@ -69,7 +69,11 @@ class Service:
     @property
     def state(self) -> str:
         names = ("ActiveState", "SubState", "Result")
-        return "/".join(self.machine.show("ksmd.service", name) for name in names)
+        asked = self.machine.run(
+            "systemctl", "show", f"--property={','.join(names)}", "ksmd.service"
+        )
+        told = dict(line.split("=", 1) for line in asked.splitlines())
+        return "/".join(told[name] for name in names)
 
     def ctl(self, *arguments: object) -> dict[str, Any]:
         """Run ``ksmctl --json`` as root inside, which must succeed."""

@@ -30,7 +30,7 @@ def until(condition: Callable[[], Any], what: str, patience: float = PATIENCE) -
     deadline = time.monotonic() + patience
     while not (found := condition()):
         assert time.monotonic() < deadline, f"waited in vain for: {what}"
-        time.sleep(0.03)
+        time.sleep(0.1)
     return found
 
 
@@ -56,6 +56,7 @@ class Machine:
     def _start(self, tree: Path) -> subprocess.Popen[bytes]:
         members = self._cgroup / "cgroup.procs"
         command = [
+            *("setpriv", "--pdeathsig", "KILL"),  # it must not outlive the tests
             *("unshare", "--mount", "--pid", "--fork", "--cgroup", "--uts", "--ipc"),
             *("--kill-child=SIGKILL", "--", "bash", str(HERE / "init.sh")),
             *(str(self._work), str(tree), sys.base_prefix, sysconfig.get_path("purelib")),
