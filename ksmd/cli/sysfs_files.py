@@ -19,7 +19,9 @@ from ksmd.client import RemoteError
 from ksmd.daemon.tuning import FLAG_RUN, FLAG_UNMERGE
 from ksmd.model.errors import KsmdError, PrivilegeError
 
+_INT_MAX = 2**31 - 1
 _UINT_MAX = 2**32 - 1
+_ULONG_MAX = 2**64 - 1
 #: What kstrtouint() takes: base ten, one newline at the end.
 _NUMBER = re.compile(rb"\+?[0-9]+\n?")
 #: ``run`` as the status names it, and as KSM numbers it.
@@ -41,11 +43,18 @@ class File:
     write: Callable[[Caller, bytes], None] | None = None
 
 
-def number(data: bytes, most: int = _UINT_MAX) -> int:
-    """Parse what was written; OSError(EINVAL) as the kernel's parser."""
-    if not _NUMBER.fullmatch(data) or len(data) > 32 or (value := int(data)) > most:
-        raise OSError(errno.EINVAL, "not a number that this file takes")
-    return value
+def number(data: bytes, most: int = _UINT_MAX, holds: int | None = None) -> int:
+    """Parse what was written; OSError(EINVAL) as the kernel's parser.
+
+    Some files pass the parser's own answer on: ERANGE for what their type does not hold.
+    """
+    if not _NUMBER.fullmatch(data) or len(data) > 32:
+        raise OSError(errno.EINVAL, "not a number")
+    if holds is not None and int(data) > holds:
+        raise OSError(errno.ERANGE, f"more than {holds}")
+    if int(data) > most:
+        raise OSError(errno.EINVAL, f"more than {most}")
+    return int(data)
 
 
 def read(name: str, caller: Caller) -> bytes:
@@ -88,9 +97,9 @@ def _counter(name: str) -> File:
     return File(lambda caller: int(caller.call("Status")[name]))
 
 
-def _fixed(value: int, least: int = 0, most: int = _UINT_MAX) -> File:
+def _fixed(value: int, least: int = 0, most: int = _UINT_MAX, holds: int | None = None) -> File:
     def write_it(_caller: Caller, data: bytes) -> None:
-        wanted = number(data, most)
+        wanted = number(data, most, holds)
         if wanted < least:
             raise OSError(errno.EINVAL, f"at least {least}")
         if wanted != value:
@@ -164,8 +173,8 @@ FILES: dict[str, File] = {
     "stable_node_chains": File(lambda _caller: 0),
     "stable_node_dups": File(lambda _caller: 0),
     "stable_node_chains_prune_millisecs": _fixed(2000),
-    "max_page_sharing": _fixed(2**31 - 1, least=2, most=2**31 - 1),
-    "merge_across_nodes": _fixed(1, most=1),
+    "max_page_sharing": _fixed(_INT_MAX, least=2, holds=_INT_MAX),
+    "merge_across_nodes": _fixed(1, most=1, holds=_ULONG_MAX),
     "use_zero_pages": _fixed(1, most=1),
     "smart_scan": _fixed(0, most=1),
     "advisor_mode": File(lambda _caller: "[none] scan-time", _advisor),

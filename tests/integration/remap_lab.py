@@ -39,6 +39,9 @@ VICTIMS = Path(__file__).resolve().parent.parent / "victims"
 #: Generous: it only matters to tests of the deadline itself, which give their own.
 DEADLINE_MS = 2000.0
 
+#: Some programs are stoppable for moments only.
+_SETUP_SECONDS = 30.0
+
 #: Of a moment only: a thread waited in the kernel, or every thread was where none may be borrowed
 #: (at the delivery of a signal, in a restartable sequence).
 PASSING = (Reason.UNSTOPPABLE, Reason.NO_THREAD)
@@ -105,16 +108,16 @@ class Lab:
         self.pager.guard(subject.slot, contexts.guard)
         return subject
 
-    def _setup(self, target: TargetId, tries: int = 50) -> TargetContexts:
+    def _setup(self, target: TargetId) -> TargetContexts:
         """Try again where the moment was a bad one, as the daemon does."""
+        deadline = time.monotonic() + _SETUP_SECONDS
         while True:
             try:
                 return self.engine.setup(target, DEADLINE_MS)
             except RefusedTargetError as error:
-                tries -= 1
-                if error.reason not in PASSING or not tries:
+                if error.reason not in PASSING or time.monotonic() > deadline:
                     raise
-                time.sleep(0.01)
+                time.sleep(0.003)
 
     def window(
         self,
