@@ -37,6 +37,8 @@ class Accounting:
         self._targets = targets
         self._pager = pager
         self.sharing: Sharing = count_sharing({})
+        #: Whether extents without a user had to be kept, and another count should try again.
+        self.owes_memory = False
 
     def recount(self, targets: Iterable[Target] | None = None) -> Iterator[None]:
         """Look at every target, yielding after each; or at *targets*, where only they can differ.
@@ -86,12 +88,14 @@ class Accounting:
         So may, at any moment, a stub that is at work without its tracer. Every target's mappings
         must have been read since the last plan was carried out.
         """
-        if self._pager.unsettled:
-            return
+        self.owes_memory = False
         used = {mapping.extent.map.inode for target in self._targets for mapping in target.mappings}
         for domain in self._targets.domains.values():
             unused = [e for e in domain.store.extents.values() if e.map.inode not in used]
-            if not unused or self._pager.stats()["children"]:
+            if not unused:
+                continue
+            if self._pager.unsettled or self._pager.stats()["children"]:
+                self.owes_memory = True
                 continue
             for extent in unused:
                 domain.sha1_cache.forget_extent(extent.number)

@@ -180,6 +180,9 @@ class Service:
 
     def _housekeep(self) -> None:
         self._pager.pump()
+        if self.pipeline.accounting.owes_memory and not (self.loop.busy or self._may_scan()):
+            # no pass comes to try it again
+            self._do("release", (0.0 for _ in self.pipeline.accounting.recount()))
         if self.manager.present:
             self._tell_manager()
 

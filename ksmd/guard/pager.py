@@ -302,6 +302,8 @@ class Pager:
 
     def _stats(self) -> dict[str, int]:
         watch, count = self._watch, self._watch.count
+        if watch.live > watch.contexts:
+            watch.sweep()  # who asks whether there are children means living ones
         return {
             "contexts": watch.contexts,
             "children": watch.live - watch.contexts,

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Final
 
 from ksmd.kernel import libc, procfs, ptrace
 from ksmd.kernel.ptrace import Registers
+from ksmd.model.errors import TargetGoneError
 from ksmd.model.refusal import Reason
 from ksmd.model.units import HUGE_PAGE_SIZE
 from ksmd.model.window import Op
@@ -101,6 +102,8 @@ class Borrowed:
             os.close(self._pagemap)
         if not self._changed or self._thread.tid not in self._session.stopped.threads:
             return
+        if isinstance(error, ProcessLookupError | TargetGoneError):
+            return  # it was killed: there is nobody to cure
         if self._running and not isinstance(error, StubLostError):
             # the stub finds its way home; what we set now would cut it short, so the tracer leaves
             raise DeadlineError from error

@@ -194,17 +194,25 @@ def _seize_refused(pid: int, tid: int) -> bool:
     raise RefusedError(Reason.PRIVILEGE, f"ptrace seize of {tid}")
 
 
-def _await(stopped: Stopped, tid: int) -> Thread | None:
-    """Wait for a seized thread's first stop; None when it ended instead."""
-    try:
-        _, status = os.waitpid(tid, _WALL)
-    except ChildProcessError:
-        stopped.lost(tid)
-        return None
-    if not os.WIFSTOPPED(status):
-        stopped.lost(tid)
-        return None
-    return _arrived(stopped.pid, tid, status)
+def _collect(stopped: Stopped, waiting: set[int], *, block: bool) -> None:
+    """Take in whoever of *waiting* has stopped or ended; with *block*, wait for the next one."""
+    while waiting:
+        try:
+            tid, status = os.waitpid(-1, _WALL if block else _WALL | os.WNOHANG)
+        except ChildProcessError:
+            waiting.clear()
+            return
+        if not tid:
+            return
+        waiting.discard(tid)
+        if os.WIFSTOPPED(status):
+            thread = _arrived(stopped.pid, tid, status)
+            if thread is not None:
+                stopped.threads[tid] = thread
+        else:
+            stopped.lost(tid)
+        if block:
+            return
 
 
 def _arrived(pid: int, tid: int, status: int) -> Thread | None:
@@ -225,20 +233,18 @@ def stop(pid: int) -> Stopped:
     which the tracer process must end.
     """
     stopped = Stopped(pid)
-    ended: set[int] = set()
+    known: set[int] = set()
     try:
-        while True:
-            new = [t for t in procfs.tasks(pid) if t not in stopped.threads and t not in ended]
-            seized = [tid for tid in new if _seize(stopped, tid)]
-            ended.update(set(new).difference(seized))
-            for tid in seized:
-                thread = _await(stopped, tid)
-                if thread is None:
-                    ended.add(tid)
-                else:
-                    stopped.threads[tid] = thread
-            if not seized:
-                break
+        while new := [tid for tid in procfs.tasks(pid) if tid not in known]:
+            known.update(new)
+            waiting: set[int] = set()
+            for tid in new:
+                if _seize(stopped, tid):
+                    waiting.add(tid)
+                # each is mended as soon as it stops, whatever the others do
+                _collect(stopped, waiting, block=False)
+            while waiting:
+                _collect(stopped, waiting, block=True)
         _refuse_filtered(stopped)
         if not stopped.threads:
             raise RefusedError(Reason.GONE)

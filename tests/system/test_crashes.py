@@ -14,6 +14,7 @@ from harness import (
     PAGE,
     Held,
     Oracle,
+    check_but_for_eintr,
     descriptors,
     layout,
     settings_for,
@@ -182,26 +183,27 @@ def test_the_tracer_may_be_killed_at_any_instant_of_merging_and_giving_back(vict
     worker = threading.Thread(target=work)
     worker.start()
     kills, source = 0, random.Random(1)
+    eintr: dict[int, int] = {}
     try:
         while kills < 30 or rounds[0] < 3:
             over.wait(source.uniform(0, 0.3))
             if "ksmd-tracer" in daemon.helpers():
                 daemon.kill_helper("ksmd-tracer")
                 kills += 1
-            check_all(four[kills % 4 : kills % 4 + 1])
+            check_but_for_eintr(four[kills % 4 : kills % 4 + 1], eintr, may_grow=True)
     finally:
         over.set()
         worker.join()
-    print(f"{kills} kills in {rounds[0]} rounds")
-    check_all(four)
+    check_but_for_eintr(four, eintr, may_grow=True)
+    print(f"{kills} kills in {rounds[0]} rounds; EINTR: {sum(eintr.values())}")
     daemon.allow_again()
     daemon.scan()
-    check_all(four)
+    check_but_for_eintr(four, eintr, may_grow=False)
     until(lambda: not daemon.run_ctl("unmerge", "--wait").returncode, "all is given back")
     assert [store_mappings(victim.pid) for victim in four] == [[]] * 4
     assert [descriptors(victim.pid) for victim in four] == tables
     assert [layout(victim.pid) for victim in four] == spaces
-    check_all(four)
+    check_but_for_eintr(four, eintr, may_grow=False)
 
 
 def test_the_daemon_may_be_killed_at_any_instant_of_merging(victims, daemons):
