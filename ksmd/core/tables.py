@@ -93,7 +93,15 @@ class PageTables:
         return self._blocks.nbytes + self._hash.nbytes + maps
 
     def observe(
-        self, slot: int, first_page: int, end_page: int, pages: U64, checksums: U32, seqnr: int
+        self,
+        slot: int,
+        first_page: int,
+        end_page: int,
+        pages: U64,
+        checksums: U32,
+        seqnr: int,
+        *,
+        eager: bool = False,
     ) -> U8:
         """Take in what was read of [first_page, end_page) of a target in scan ``seqnr``.
 
@@ -101,6 +109,9 @@ class PageTables:
         not among them are forgotten. Returns a Seen (uint8) per page; TABLE_FULL means that the
         page has no row, or is unchanged and found no room in the page hash table. The numbers of a
         target's scans must not decrease. ValueError when ``pages`` is not what it should be.
+
+        ``eager``: new pages enter the page hash table at their first sight, for a caller whose
+        merge sees every page a second time. Changed pages still have to be found unchanged.
         """
         _check(first_page, end_page, pages, checksums)
         table = self._maps.setdefault(slot, BlockMap())
@@ -111,7 +122,7 @@ class PageTables:
         self._forget_absent(table, first_page, end_page, cut)
         if not pages.size:
             return np.empty(0, np.uint8)
-        return self._place(table, cut, np.maximum(checksums, np.uint32(1)))
+        return self._place(table, cut, np.maximum(checksums, np.uint32(1)), eager)
 
     def finish(self, slot: int, seqnr: int) -> int:
         """End scan ``seqnr`` of a target: forget what it did not observe; return how many."""
@@ -216,7 +227,7 @@ class PageTables:
             gone[rows] = True
         self._hash.remove_rows(gone)
 
-    def _place(self, table: BlockMap, cut: PageBits, checksums: U32) -> U8:
+    def _place(self, table: BlockMap, cut: PageBits, checksums: U32, eager: bool) -> U8:
         """Compare the pages with their rows and update both tables."""
         old, fits = self._admit(table, cut)
         known = old != 0
@@ -230,8 +241,9 @@ class PageTables:
         was_stable = known & ((self._blocks.stable[blocks][cut.which] & cut.bit) != 0)
         leaves = changed & was_stable
         self._hash.remove(words_of(old[leaves], rows[leaves].astype(np.uint32)))
-        joins = _first(same & ~was_stable, self.page_hash_size - len(self._hash))
-        self._hash.add(words_of(old[joins], rows[joins].astype(np.uint32)))
+        ripe = (same & ~was_stable) | fits if eager else same & ~was_stable
+        joins = _first(ripe, self.page_hash_size - len(self._hash))
+        self._hash.add(words_of(checksums[joins], rows[joins].astype(np.uint32)))
         self._blocks.flat()[rows[fits | changed]] = checksums[fits | changed]
         held = blocks[there]
         self._blocks.stable[held] &= ~cut.bits(leaves)[there]
@@ -240,7 +252,7 @@ class PageTables:
         answer = np.full(known.size, Seen.TABLE_FULL, np.uint8)
         answer[fits] = Seen.NEW
         answer[changed] = Seen.VOLATILE
-        answer[(same & was_stable) | joins] = Seen.STABLE
+        answer[(same & was_stable) | (joins & ~fits)] = Seen.STABLE
         self.skipped += int(np.count_nonzero(answer == Seen.TABLE_FULL))
         return answer
 

@@ -1,104 +1,135 @@
-"""From runs to stop windows: batches of records of one target and one extent, none too long."""
+"""From runs to stop windows: batches of records of one target and one extent, none too long.
+
+Records are columns (dtype RECORD), since a pass may have a hundred thousand of them.
+"""
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ksmd.model.tables import RECORD
 from ksmd.model.units import HUGE_PAGE_SIZE, PAGE_SHIFT
 from ksmd.model.vma import Area
 from ksmd.model.window import Op, Record
 
+Records = NDArray[np.void]
 
-def cut_into_windows(
-    runs: NDArray[np.void],
-    zeros: NDArray[np.void],
-    areas: Sequence[Area],
-    phases: dict[int, int],
-    max_runs: int,
-    max_pages: int,
-) -> Iterator[tuple[int, list[Record]]]:
-    """Give (extent number, records) for each window; extent 0 for windows of zero runs only.
+#: Bytes of one record: where one page has changed meanwhile, its whole record is left as it was.
+_LONGEST = 512 << PAGE_SHIFT
+_SHIFT = np.uint64(PAGE_SHIFT)
 
-    *runs* (dtype RUN) and *zeros* (SPAN) belong to one target; *phases* gives the unused pages at
-    the start of each extent. Runs keep their order, most profitable first, within their extent, and
-    are cut where VMAs end and where a window would exceed *max_pages*.
+
+def columns(records: Sequence[Record]) -> Records:
+    """Return single records as one column."""
+    rows = [(r.op, r.start, r.length, r.offset, r.advice) for r in records]
+    return np.array(rows, RECORD)
+
+
+def merge_records(
+    runs: NDArray[np.void], phase: int, areas: Sequence[Area], max_pages: int
+) -> Records:
+    """Return what maps *runs* (dtype RUN, of one target and one extent) to the store.
+
+    In the order of the runs, cut where VMAs end; what lies in none of *areas* is left out. *phase*:
+    the unused pages at the start of the extent.
     """
-    areas = sorted(areas, key=lambda area: area.start)
-    ends = [area.end for area in areas]
-    extents: dict[int, None] = dict.fromkeys(int(number) for number in runs["extent"])
-    for extent in extents:
-        records = (
-            record
-            for run in runs[runs["extent"] == extent]
-            for record in _pieces(
-                Op.MERGE,
-                int(run["page"]),
-                int(run["npages"]),
-                int(run["index"]) + phases.get(extent, 0),
-                areas,
-                ends,
-            )
-        )
-        for batch in _batches(records, max_runs, max_pages):
-            yield extent, batch
-    empty = (
-        record
-        for span in zeros
-        for record in _pieces(Op.ZERO, int(span["page"]), int(span["npages"]), 0, areas, ends)
-    )
-    for batch in _batches(empty, max_runs, max_pages):
-        yield 0, batch
+    records = _whole(Op.MERGE, runs)
+    records["offset"] = (runs["index"].astype(np.uint64) + np.uint64(phase)) << _SHIFT
+    return _short(_inside(records, areas), max_pages)
 
 
-def cut_huge_blocks(records: Sequence[Record]) -> list[int]:
+def zero_records(zeros: NDArray[np.void], areas: Sequence[Area], max_pages: int) -> Records:
+    """Return what drops *zeros* (dtype SPAN, of one target), cut likewise."""
+    return _short(_inside(_whole(Op.ZERO, zeros), areas), max_pages)
+
+
+def windows_of(records: Records, max_runs: int, max_pages: int) -> Iterator[Records]:
+    """Cut records, none longer than *max_pages*, into windows; the order stays."""
+    limit = max_pages << PAGE_SHIFT
+    ends = np.cumsum(records["length"], dtype=np.int64)
+    at, before = 0, 0
+    while at < len(records):
+        end = int(np.searchsorted(ends, before + limit, side="right"))
+        end = min(max(end, at + 1), at + max_runs)
+        yield records[at:end]
+        at, before = end, int(ends[end - 1])
+
+
+def spans(records: Records) -> list[tuple[int, int]]:
+    """Return the ranges [start, end) that *records* cover, ascending, neighbours as one."""
+    if not len(records):
+        return []
+    order = np.argsort(records["start"])
+    starts = records["start"][order]
+    ends = starts + records["length"][order]
+    cuts = np.flatnonzero(starts[1:] != ends[:-1])
+    first = starts[np.append(0, cuts + 1)].tolist()
+    return list(zip(first, ends[np.append(cuts, len(ends) - 1)].tolist(), strict=True))
+
+
+def pages_of(records: Records) -> NDArray[np.uint64]:
+    """Return the page numbers that *records* cover, in their order."""
+    counts = (records["length"] >> _SHIFT).astype(np.int64)
+    before = np.cumsum(counts) - counts
+    pages = np.arange(int(counts.sum()), dtype=np.uint64)
+    pages += np.repeat((records["start"] >> _SHIFT) - before.astype(np.uint64), counts)
+    return pages
+
+
+def cut_huge_blocks(records: Records) -> list[int]:
     """Addresses of the 2 MiB blocks that *records* cover in part only, ascending.
 
     Where such a block is one huge page, moving a part of it away would have to split it, and a
     split takes longer than anything else a stop window does.
     """
-    blocks: set[int] = set()
-    for record in records:
-        end = record.start + record.length
-        blocks.update(
-            edge & -HUGE_PAGE_SIZE for edge in (record.start, end) if edge % HUGE_PAGE_SIZE
-        )
-    return sorted(blocks)
+    ranges = np.array(spans(records), np.uint64).reshape(-1)
+    edges = ranges[ranges % np.uint64(HUGE_PAGE_SIZE) != 0]
+    blocks: list[int] = np.unique(edges & ~np.uint64(HUGE_PAGE_SIZE - 1)).tolist()
+    return blocks
 
 
-def _pieces(
-    op: Op, page: int, npages: int, file_page: int, areas: Sequence[Area], ends: Sequence[int]
-) -> Iterator[Record]:
-    """Cut a run at the borders of VMAs; what lies in none of them is left out.
-
-    Areas in order and disjoint; *ends* are theirs, for there may be as many as runs.
-    """
-    start, end = page << PAGE_SHIFT, (page + npages) << PAGE_SHIFT
-    for at in range(bisect_right(ends, start), len(areas)):
-        area = areas[at]
-        if area.start >= end:
-            break
-        low, high = max(start, area.start), min(end, area.end)
-        if low < high:
-            offset = (file_page << PAGE_SHIFT) + low - start if op is Op.MERGE else 0
-            yield Record(op, low, high - low, offset)
+def _whole(op: Op, runs: NDArray[np.void]) -> Records:
+    records = np.zeros(len(runs), RECORD)
+    records["op"] = op
+    records["start"] = runs["page"] << _SHIFT
+    records["length"] = runs["npages"].astype(np.uint64) << _SHIFT
+    return records
 
 
-def _batches(records: Iterator[Record], max_runs: int, max_pages: int) -> Iterator[list[Record]]:
-    batch: list[Record] = []
-    room = limit = max_pages << PAGE_SHIFT
-    for record in records:
-        start, offset, left = record.start, record.offset, record.length
-        while left:
-            length = min(left, room)
-            batch.append(Record(record.op, start, length, offset))
-            start, left, room = start + length, left - length, room - length
-            offset += length if record.op is Op.MERGE else 0
-            if not room or len(batch) == max_runs:
-                yield batch
-                batch, room = [], limit
-    if batch:
-        yield batch
+def _inside(records: Records, areas: Sequence[Area]) -> Records:
+    """Cut records at the borders of areas, which are disjoint; what lies in none goes."""
+    table = np.array(sorted((area.start, area.end) for area in areas), np.uint64).reshape(-1, 2)
+    starts, ends = table[:, 0], table[:, 1]
+    low, high = records["start"], records["start"] + records["length"]
+    first = np.searchsorted(ends, low, side="right")
+    count = np.maximum(np.searchsorted(starts, high, side="left") - first, 0)
+    which = np.repeat(np.arange(len(records)), count)
+    area = np.arange(len(which)) - np.repeat(np.cumsum(count) - count, count)
+    area += np.repeat(first, count)
+    cut = records[which]
+    cut["start"] = np.maximum(low[which], starts[area])
+    cut["length"] = np.minimum(high[which], ends[area]) - cut["start"]
+    _move_offsets(cut, cut["start"] - low[which])
+    return cut
+
+
+def _short(records: Records, max_pages: int) -> Records:
+    """Cut records into such that none is too long for a window, or to be lost as a whole."""
+    longest = np.uint64(min(_LONGEST, max_pages << PAGE_SHIFT))
+    count = (-(-records["length"].astype(np.int64) // int(longest))).astype(np.int64)
+    if not len(records) or count.max() == 1:
+        return records
+    cut = np.repeat(records, count)
+    number = np.arange(len(cut)) - np.repeat(np.cumsum(count) - count, count)
+    ahead = number.astype(np.uint64) * longest
+    cut["start"] += ahead
+    _move_offsets(cut, ahead)
+    cut["length"] = np.minimum(longest, cut["length"] - ahead)
+    return cut
+
+
+def _move_offsets(records: Records, ahead: NDArray[np.uint64]) -> None:
+    records["offset"] += np.where(records["op"] == Op.MERGE, ahead, np.uint64(0))

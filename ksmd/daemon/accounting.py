@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ksmd.core.ledger import Ledger, Sharing, count_sharing
-from ksmd.core.spans import Spans
+from ksmd.core.spans import NEAR_PAGES, Spans
 from ksmd.daemon.state import Mapping, Target
 from ksmd.daemon.targets import Targets
 from ksmd.guard.client import Pager
@@ -71,16 +71,16 @@ class Accounting:
 
     def _zero_pages(self, target: Target) -> int:
         """Pages that we made zero and that nothing was written to since."""
-        zeros = Spans(target.zeros)
-        for start, end in zeros.groups():
+        if target.emptied:
+            target.zeros = np.unique(np.concatenate((target.zeros, *target.emptied)))
+            target.emptied.clear()
+        if not len(target.zeros):
+            return 0
+        for start, end in _groups(target.zeros):
             present = target.pagemap.present(start << PAGE_SHIFT, end << PAGE_SHIFT, 0)
-            for page in present.pages[zeros.find(present.pages)[1]].tolist():
-                target.zeros.remove(page, page + 1)
-        mapped = 0
-        for area in target.areas:
-            for low, high in target.zeros.within(area.start >> PAGE_SHIFT, area.end >> PAGE_SHIFT):
-                mapped += high - low
-        return mapped
+            written = np.isin(target.zeros, present.pages, assume_unique=True)
+            target.zeros = target.zeros[~written]
+        return int(np.count_nonzero(zeros_in_areas(target)))
 
     def _release_unused(self) -> None:
         """An extent goes when no target maps it; children that fork made may map any of them.
@@ -103,6 +103,19 @@ class Accounting:
                     domain.store.release(extent.number)
                 finally:  # its pins may have been the last of a ring
                     self._targets.hold_rings()
+
+
+def zeros_in_areas(target: Target) -> NDArray[np.bool_]:
+    """Tell which of the target's zero pages lie in areas that it has now."""
+    areas = sorted((area.start >> PAGE_SHIFT, area.end >> PAGE_SHIFT) for area in target.areas)
+    return Spans(areas).find(target.zeros)[1]
+
+
+def _groups(pages: NDArray[np.uint64]) -> Iterator[tuple[int, int]]:
+    """Give (first page, end page) of each group of pages that lie close together."""
+    cuts = np.flatnonzero(pages[1:] - pages[:-1] > np.uint64(NEAR_PAGES))
+    first, last = pages[np.append(0, cuts + 1)], pages[np.append(cuts, len(pages) - 1)]
+    yield from zip(first.tolist(), (last + np.uint64(1)).tolist(), strict=True)
 
 
 def _sites(pagemap: PageMap, mappings: Sequence[Mapping]) -> tuple[NDArray[np.uint64], int]:

@@ -11,18 +11,27 @@ import logging
 import os
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ksmd.core.digest import HEAD_SIZE
+from ksmd.core.digest import HEAD_SIZE, sampled
 from ksmd.core.focus import focus
 from ksmd.core.planner import PlanLimits, make_plan
 from ksmd.core.scope import Scope, within
 from ksmd.core.spans import Spans
-from ksmd.core.windows import cut_huge_blocks, cut_into_windows
+from ksmd.core.windows import (
+    Records,
+    columns,
+    cut_huge_blocks,
+    merge_records,
+    pages_of,
+    spans,
+    windows_of,
+    zero_records,
+)
 from ksmd.daemon.journal import fields
 from ksmd.daemon.prepare import prepare
 from ksmd.daemon.state import PASSING, Domain, Target
@@ -30,9 +39,10 @@ from ksmd.daemon.targets import Targets
 from ksmd.guard.client import Pager
 from ksmd.kernel import risks, thp
 from ksmd.model.errors import KsmdError, TargetGoneError
-from ksmd.model.plan import Plan
+from ksmd.model.plan import ExtentPlan, Plan
 from ksmd.model.refusal import Reason
 from ksmd.model.units import HUGE_PAGE_PAGES, HUGE_PAGE_SIZE, PAGE_SHIFT
+from ksmd.model.vma import Area
 from ksmd.model.window import Op, Record, WindowRequest, WindowResult
 from ksmd.remap.engine import Engine, RefusedTargetError
 from ksmd.remap.store import Extent
@@ -76,6 +86,9 @@ class MergeResult:
         """Pages that are shared now and were not before."""
         return self.merged + self.zeroed + self.remerged
 
+
+#: A target, its areas as they were planned with, and what it is to map of one extent.
+_User = tuple[Target, list[Area], Records]
 
 #: Whose stops need no pauses because somebody waits: everybody's, nobody's, or these slots'.
 Asked = bool | frozenset[int]
@@ -163,43 +176,99 @@ class Merger:
         self._targets.plans_begun += 1
         self._targets.plans_under_way += 1
         try:
-            yield from self._fill(domain, plan, result)
-            yield from self._open_windows(domain, plan, asked, result)
+            yield from self._merge_extents(domain, plan, asked, result)
+            yield from self._drop_zeros(domain, plan, asked, result)
         finally:
             self._targets.plans_under_way -= 1
 
-    def _open_windows(
+    def _merge_extents(
         self, domain: Domain, plan: Plan, asked: Asked, result: MergeResult
     ) -> Iterator[MergeResult]:
-        window = self._settings.window
-        for target in self._of(domain):
-            runs = plan.merges[plan.merges["target"] == target.slot]
-            zeros = plan.zeros[plan.zeros["target"] == target.slot]
-            phases = {number: extent.phase for number, extent in domain.store.extents.items()}
-            areas = target.areas
-            batches = cut_into_windows(
-                runs, zeros, areas, phases, window.max_runs, window.max_pages
-            )
-            for extent, records in batches:
-                if target.slot not in self._targets.by_slot or not self._may_stop(target, asked):
-                    break
-                if target.areas is not areas:
-                    break  # read anew meanwhile: a range may have been taken back by its program
-                if extent and extent not in domain.store.extents:
-                    continue
-                self._window(domain, target, extent, records, asked, result)
-                yield result
+        """Extent by extent, the most profitable first: filled, then mapped by all its users.
 
-    def _fill(self, domain: Domain, plan: Plan, result: MergeResult) -> Iterator[MergeResult]:
-        """Make the plan's new extents."""
-        for planned in plan.extents:
+        So the store grows into memory that the extent before has just freed, and is in the cache
+        while its users are compared with it.
+        """
+        new = {planned.extent: planned for planned in plan.extents}
+        numbers, first = np.unique(plan.merges["extent"], return_index=True)
+        for number in numbers[np.argsort(first)].tolist():
+            if number in new:
+                if not self._fill(domain, new[number], result):
+                    continue
+                yield result
+            extent = domain.store.extents.get(number)
+            if extent is None:  # given back meanwhile
+                continue
+            runs = plan.merges[plan.merges["extent"] == number]
+            users = self._users(domain, extent, runs, asked, result)
+            if number in new:
+                users = _without_lonely(users, extent, result)
+            for target, areas, records in users:
+                yield from self._open_windows(domain, target, areas, extent, records, asked, result)
+
+    def _drop_zeros(
+        self, domain: Domain, plan: Plan, asked: Asked, result: MergeResult
+    ) -> Iterator[MergeResult]:
+        for target in self._of(domain):
+            zeros = plan.zeros[plan.zeros["target"] == target.slot]
+            if len(zeros):
+                areas = target.areas
+                records = zero_records(zeros, areas, self._settings.window.max_pages)
+                yield from self._open_windows(domain, target, areas, None, records, asked, result)
+
+    def _users(
+        self,
+        domain: Domain,
+        extent: Extent,
+        runs: NDArray[np.void],
+        asked: Asked,
+        result: MergeResult,
+    ) -> list[_User]:
+        """Give the records of every target that may be stopped, confirmed by digest."""
+        users = []
+        for target in self._of(domain):
+            mine = runs[runs["target"] == target.slot]
+            if not len(mine) or not self._may_stop(target, asked):
+                continue
+            areas = target.areas
+            records = merge_records(mine, extent.phase, areas, self._settings.window.max_pages)
             try:
-                domain.store.create(planned, self._copy)
-                result.new += planned.npages
-            except KsmdError as error:
-                log.warning("domain %s: %s", domain.name, error, extra=fields(domain=domain.name))
-                result.refused[Reason.STORE_FULL] += planned.npages
+                users.append((target, areas, _confirmed(domain, target, extent, records, result)))
+            except TargetGoneError:
+                self._targets.drop(target)
+        return users
+
+    def _open_windows(
+        self,
+        domain: Domain,
+        target: Target,
+        areas: list[Area],
+        extent: Extent | None,
+        records: Records,
+        asked: Asked,
+        result: MergeResult,
+    ) -> Iterator[MergeResult]:
+        window = self._settings.window
+        for batch in windows_of(records, window.max_runs, window.max_pages):
+            if target.slot not in self._targets.by_slot or not self._may_stop(target, asked):
+                return
+            if target.areas is not areas:
+                return  # read anew meanwhile: a range may have been taken back by its program
+            if extent is not None and extent.number not in domain.store.extents:
+                return
+            self._window(domain, target, extent, batch, asked, result)
             yield result
+
+    def _fill(self, domain: Domain, planned: ExtentPlan, result: MergeResult) -> bool:
+        """Make one of the plan's new extents."""
+        try:
+            domain.store.create(planned, self._copy)
+        except KsmdError as error:
+            log.warning("domain %s: %s", domain.name, error, extra=fields(domain=domain.name))
+            result.refused[Reason.STORE_FULL] += planned.npages
+            return False
+        result.new += planned.npages
+        return True
 
     def _copy(self, slot: int, page: int, view: memoryview) -> int:
         target = self._targets.by_slot.get(slot)
@@ -215,18 +284,13 @@ class Merger:
         self,
         domain: Domain,
         target: Target,
-        extent_number: int,
-        records: list[Record],
+        extent: Extent | None,
+        records: Records,
         asked: Asked,
         result: MergeResult,
     ) -> None:
-        """Confirm a batch of records by digest, then open one stop window for what is left."""
-        extent = domain.store.extents.get(extent_number)
+        """Open one stop window for a batch of records."""
         try:
-            if extent is not None:
-                records = self._confirmed(domain, target, extent, records, result)
-            if not records:  # two contents of one checksum: no reason to stop anybody
-                return
             if not self._ready(target, asked):
                 result.postponed += target.refused in _MOMENTARY
                 return
@@ -252,64 +316,19 @@ class Merger:
                 break
         return target.contexts is not None
 
-    def _confirmed(
-        self,
-        domain: Domain,
-        target: Target,
-        extent: Extent,
-        records: Sequence[Record],
-        result: MergeResult,
-    ) -> list[Record]:
-        """Records whose store pages are sound and whose digests match, before any stop."""
-        kept = []
-        for record in records:
-            if record.op is Op.ZERO:
-                kept.append(record)
-                continue
-            first, npages = extent.index(record.offset), record.length >> PAGE_SHIFT
-            if not extent.good[first : first + npages].all():
-                result.refused[Reason.CHANGED] += npages
-            elif self._digests_match(domain, target, extent, record):
-                kept.append(record)
-            else:
-                result.refused[Reason.DIGEST] += npages
-        return kept
-
-    def _digests_match(
-        self, domain: Domain, target: Target, extent: Extent, record: Record
-    ) -> bool:
-        first, npages = extent.index(record.offset), record.length >> PAGE_SHIFT
-        page = extent.number << 32 | first
-        digest = domain.sha1_cache.get(page, npages)
-        if digest is None:
-            digest = domain.digest.of_pages(extent.view(first, npages))
-            domain.sha1_cache.put(page, npages, digest)
-        return domain.digest.of_heads(self._heads(domain, target, record)) == digest
-
-    def _heads(self, domain: Domain, target: Target, record: Record) -> bytes:
-        """Read the page heads of a run by way of whole pages: a page costs, not its bytes."""
-        buffer = domain.checksummer.buffer
-        heads = bytearray()
-        for at in range(0, record.length, len(buffer)):
-            view = buffer[: min(len(buffer), record.length - at)]
-            target.memory.read_exclusive_into(record.start + at, view)
-            octets: NDArray[np.uint8] = np.frombuffer(view, np.uint8).reshape(-1, 1 << PAGE_SHIFT)
-            heads += octets[:, :HEAD_SIZE].tobytes()
-        return bytes(heads)
-
     # -- one window -----------------------------------------------------------------------------
 
-    def open(self, target: Target, records: list[Record], extent: Extent | None) -> WindowResult:
+    def open(self, target: Target, records: Records, extent: Extent | None) -> WindowResult:
         """Open one stop window: the pager hears of the ranges before it and after it."""
         assert target.contexts is not None
         request = WindowRequest(
             target.id,
-            tuple(records),
+            records,
             extent.map.inode if extent is not None else 0,
             deadline_ms=self._deadline_ms(target),
             accept_seccomp_risk=target.selected.accept_seccomp_risk,
         )
-        ranges = [(r.start, r.start + r.length) for r in records if r.op is not Op.ZERO]
+        ranges = spans(records[records["op"] != Op.ZERO])
         left_over = target.slot in self._pager.unsettled
         self._pager.extend(target.slot, ranges)
         done = self._engine.window(
@@ -350,24 +369,22 @@ class Merger:
     ) -> None:
         if done.refused is not None and done.refused in PASSING:
             return
-        gone: list[NDArray[np.uint64]] = []
-        for outcome in done.outcomes:
-            record = outcome.record
-            first, npages = record.start >> PAGE_SHIFT, record.length >> PAGE_SHIFT
-            if outcome.reason is not None:
-                result.refused[outcome.reason] += npages
-                continue
-            gone.append(np.arange(first, first + npages, dtype=np.uint64))
-            result.per_slot[target.slot] += npages
-            if record.op is Op.ZERO:
-                target.zeros.add(first, first + npages)
-                result.zeroed += npages
-            elif record.op is Op.MERGE:
-                result.merged += npages
-            else:
-                result.remerged += npages
-        if gone and target.slot in self._targets.by_slot:
-            pages = np.concatenate(gone)
+        if done.done is None:
+            return
+        for index, reason in done.reasons.items():
+            result.refused[reason] += int(done.records["length"][index]) >> PAGE_SHIFT
+        carried = done.records[done.done]
+        if not len(carried):
+            return
+        counts = {op: int(carried["length"][carried["op"] == op].sum()) >> PAGE_SHIFT for op in Op}
+        result.per_slot[target.slot] += sum(counts.values())
+        result.merged += counts[Op.MERGE]
+        result.zeroed += counts[Op.ZERO]
+        result.remerged += counts[Op.REMERGE]
+        if target.slot in self._targets.by_slot:
+            if counts[Op.ZERO]:
+                target.emptied.append(pages_of(carried[carried["op"] == Op.ZERO]))
+            pages = pages_of(carried)
             domain.tables.forget_pages(target.slot, pages)
             self._targets.tell("merged", target, len(pages))
 
@@ -389,7 +406,7 @@ class Merger:
                 if extent is None or target.contexts is None:
                     break  # given back meanwhile
                 window = records[: self._settings.window.max_runs]
-                done = self.open(target, window, extent)
+                done = self.open(target, columns(window), extent)
                 result.windows += 1
                 self._account(domain, target, done, result)
                 yield result
@@ -446,18 +463,83 @@ class Merger:
         target.contexts = None
 
 
+def _confirmed(
+    domain: Domain, target: Target, extent: Extent, records: Records, result: MergeResult
+) -> Records:
+    """Keep records whose store pages are sound and whose digests match, before any stop."""
+    counts = (records["length"] >> np.uint64(PAGE_SHIFT)).astype(np.int64)
+    first = extent.indexes(records["offset"])
+    bad = np.concatenate(([0], np.cumsum(~extent.good)))
+    sound = bad[first + counts] == bad[first]
+    result.refused[Reason.CHANGED] += int(counts[~sound].sum())
+    records, counts = records[sound], counts[sound]
+    samples = [sampled(count) for count in counts.tolist()]
+    starts = records["start"].tolist()
+    pieces = [
+        (start + (page << PAGE_SHIFT), HEAD_SIZE)
+        for start, sample in zip(starts, samples, strict=True)
+        for page in sample
+    ]
+    heads = memoryview(bytearray(len(pieces) * HEAD_SIZE))
+    target.memory.gather_exclusive(pieces, heads)  # what is missing stays zero, and differs
+    same = np.zeros(len(records), np.bool_)
+    at = 0
+    for number, (index, sample) in enumerate(zip(first[sound].tolist(), samples, strict=True)):
+        end = at + len(sample) * HEAD_SIZE
+        digest = _digest(domain, extent, index, int(counts[number]))
+        same[number] = domain.digest.of_heads(heads[at:end]) == digest
+        at = end
+    result.refused[Reason.DIGEST] += int(counts[~same].sum())
+    return records[same]
+
+
+def _without_lonely(users: list[_User], extent: Extent, result: MergeResult) -> list[_User]:
+    """Drop records of which no page has a second user now.
+
+    That is what is left of two contents with one checksum: nobody is stopped for that.
+    """
+    steps = np.zeros(extent.npages + 1, np.int64)
+    for _, _, records in users:
+        first, end = _places(extent, records)
+        np.add.at(steps, first, 1)
+        np.add.at(steps, end, -1)
+    shared = np.concatenate(([0], np.cumsum(np.cumsum(steps[:-1]) > 1)))
+    kept = []
+    for target, areas, records in users:
+        first, end = _places(extent, records)
+        lonely = shared[end] == shared[first]
+        result.refused[Reason.DIGEST] += int((end - first)[lonely].sum())
+        kept.append((target, areas, records[~lonely]))
+    return kept
+
+
+def _places(extent: Extent, records: Records) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    first = extent.indexes(records["offset"])
+    return first, first + (records["length"] >> np.uint64(PAGE_SHIFT)).astype(np.int64)
+
+
+def _digest(domain: Domain, extent: Extent, first: int, npages: int) -> bytes:
+    """Give the digest of a run of store pages, from the cache or anew."""
+    page = extent.number << 32 | first
+    digest = domain.sha1_cache.get(page, npages)
+    if digest is None:
+        digest = domain.digest.of_pages(extent.view(first, npages))
+        domain.sha1_cache.put(page, npages, digest)
+    return digest
+
+
 def _is_asked(target: Target, asked: Asked) -> bool:
     return asked if isinstance(asked, bool) else target.slot in asked
 
 
-def _split_huge_pages(target: Target, records: Sequence[Record]) -> None:
+def _split_huge_pages(target: Target, records: Records) -> None:
     """Split, before the stop, the huge pages of which only a part is merged."""
     blocks = cut_huge_blocks(records)
-    spans = Spans(
+    edges = Spans(
         (block >> PAGE_SHIFT, (block >> PAGE_SHIFT) + HUGE_PAGE_PAGES) for block in blocks
     )
     huge: set[int] = set()
-    for start, end in spans.groups():
+    for start, end in edges.groups():
         present = target.pagemap.present(start << PAGE_SHIFT, end << PAGE_SHIFT, 0)
         huge.update((present.pages[present.huge] // HUGE_PAGE_PAGES * HUGE_PAGE_SIZE).tolist())
     huge.intersection_update(blocks)

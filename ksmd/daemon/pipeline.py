@@ -73,7 +73,7 @@ class Pipeline:
         for _ in self.targets.refreshing():
             yield 0.0
         scan = ScanResult()
-        for _ in self.scanner.full_scan(self._settings.scan.pages_to_scan, scan):
+        for _ in self.scanner.full_scan(self._settings.scan.pages_to_scan, scan, eager=asked):
             yield pause
         self.ledger.full_scans += 1
         self.ledger.pages_scanned += scan.scanned
@@ -108,10 +108,14 @@ class Pipeline:
             yield 0.0
 
     def asked_scan(self, until_settled: bool) -> Iterator[float | AskedResult]:
-        """Scan now (KSM_SCAN): twice, so that pages can be seen unchanged; or until it settles."""
+        """Scan now (KSM_SCAN): until it settles, or twice at the most.
+
+        In the second pass what had changed before this call can be seen unchanged, and windows that
+        came at a bad moment are tried again.
+        """
         scanned = merged = passes = idle = 0
         settled = False
-        while passes < (MAX_PASSES if until_settled else 2) and not (until_settled and settled):
+        while passes < (MAX_PASSES if until_settled else 2) and not settled:
             yield from self.full_pass(asked=True)
             assert self.last is not None
             passes += 1

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 import psutil
 
 from ksmd.core.layout import VMA_BYTES
@@ -188,17 +189,19 @@ def _areas(target: Target) -> list[dict[str, Any]]:
         shared, _ = target.pagemap.still_shared(vma.start, vma.end)
         found.append(_area(vma.start, vma.end, vma.perms, "") | {"merging": len(shared)})
     for area in target.areas:
-        zeros = target.zeros.within(area.start >> PAGE_SHIFT, area.end >> PAGE_SHIFT)
-        zero = sum(high - low for low, high in zeros)
-        found.append(_area(area.start, area.end, area.vma.perms, area.vma.path) | {"zero": zero})
+        edges = np.array([area.start >> PAGE_SHIFT, area.end >> PAGE_SHIFT], np.uint64)
+        low, high = np.searchsorted(target.zeros, edges).tolist()
+        found.append(
+            _area(area.start, area.end, area.vma.perms, area.vma.path) | {"zero": high - low}
+        )
     for refused in target.refused_ranges:
-        where = refused.vma
+        behind = refused.vma
         found.append(
             _area(
                 refused.start,
                 refused.start + (refused.npages << PAGE_SHIFT),
-                where.perms if where else "",
-                where.path if where else "",
+                behind.perms if behind else "",
+                behind.path if behind else "",
             )
             | {"reason": str(refused.reason), "sentence": SENTENCES[refused.reason]}
         )

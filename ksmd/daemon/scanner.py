@@ -33,7 +33,7 @@ Pages = NDArray[np.uint64]
 
 @dataclass(slots=True)
 class ScanResult:
-    """One full scan, in pages."""
+    """One full scan, in pages; ``new``: seen for the first time, and no candidates for that yet."""
 
     scanned: int = 0
     new: int = 0
@@ -63,8 +63,14 @@ class Scanner:
         span = piece.start >> PAGE_SHIFT, piece.end >> PAGE_SHIFT
         return self._step(target, Spans([span]), span, budget, self._seqnr, result) << PAGE_SHIFT
 
-    def full_scan(self, pages_to_scan: int, result: ScanResult) -> Iterator[None]:
-        """Scan everything once, adding to *result*; yields after every *pages_to_scan* pages."""
+    def full_scan(
+        self, pages_to_scan: int, result: ScanResult, *, eager: bool = False
+    ) -> Iterator[None]:
+        """Scan everything once, adding to *result*; yields after every *pages_to_scan* pages.
+
+        *eager*: what is seen for the first time is a candidate at once. The merge that follows is
+        the second sight: it takes a page only if it equals a store page of the same checksum.
+        """
         self._seqnr += 1  # not the cursor's: a scan that was given up has used a number too
         seqnr = self._seqnr
         self.cursor.begin({target.slot: target.areas for target in self._targets})
@@ -79,7 +85,9 @@ class Scanner:
                         self.cursor.forget(slot)
                         break
                     before = result.scanned
-                    at = self._step(target, areas, (at, end), budget, seqnr, result)  # noqa: PLW2901
+                    at = self._step(  # noqa: PLW2901
+                        target, areas, (at, end), budget, seqnr, result, eager
+                    )
                     budget -= result.scanned - before
                     if budget <= 0:
                         yield
@@ -96,6 +104,7 @@ class Scanner:
         budget: int,
         seqnr: int,
         result: ScanResult,
+        eager: bool = False,
     ) -> int:
         """Scan up to *budget* pages of the *areas* in *span*: the page to go on from.
 
@@ -117,10 +126,12 @@ class Scanner:
             self.cursor.forget(target.slot)
             return end
         walk_end = max(present.walk_end >> PAGE_SHIFT, at + 1)
-        seen = domain.tables.observe(target.slot, at, walk_end, pages, checksums, seqnr)
+        seen = domain.tables.observe(
+            target.slot, at, walk_end, pages, checksums, seqnr, eager=eager
+        )
         counts = np.bincount(seen, minlength=len(Seen))
         result.scanned += len(found)
-        result.new += int(counts[Seen.NEW])
+        result.new += 0 if eager else int(counts[Seen.NEW])
         result.volatile += int(counts[Seen.VOLATILE])
         result.refused[Reason.TABLE_FULL] += int(counts[Seen.TABLE_FULL])
         return walk_end
@@ -157,10 +168,12 @@ def _read(domain: Domain, target: Target, pages: Pages) -> tuple[Pages, NDArray[
     for start in range(0, len(pages), checksummer.npages):
         chunk = pages[start : start + checksummer.npages]
         whole = np.ones(len(chunk), np.bool_)
-        for first, end in stretches(chunk):
-            view = checksummer.buffer[first << PAGE_SHIFT : end << PAGE_SHIFT]
-            got = target.memory.read_exclusive_into(int(chunk[first]) << PAGE_SHIFT, view)
-            whole[first + (got >> PAGE_SHIFT) : end] = False
+        pieces = [
+            (int(chunk[first]) << PAGE_SHIFT, (end - first) << PAGE_SHIFT)
+            for first, end in stretches(chunk)
+        ]
+        for low, high in target.memory.gather_exclusive(pieces, checksummer.buffer):
+            whole[low >> PAGE_SHIFT : high >> PAGE_SHIFT] = False
         found = checksummer.sums(len(chunk))
         kept.append(chunk[whole])
         sums.append(found[whole])

@@ -15,7 +15,6 @@ from ksmd.core.eligibility import RefusedRange
 from ksmd.core.ledger import StopTimes
 from ksmd.core.selection import Selected
 from ksmd.core.tables import PageTables
-from ksmd.guard.intervals import Intervals
 from ksmd.kernel.iouring import PinRing
 from ksmd.kernel.memory import Memory
 from ksmd.kernel.pagemap import PageMap
@@ -81,7 +80,8 @@ class Target:
     retry_at: float = 0.0
     last_window: float = 0.0
     stops: StopTimes = field(default_factory=StopTimes)
-    zeros: Intervals = field(default_factory=Intervals)
+    zeros: NDArray[np.uint64] = field(default_factory=lambda: np.empty(0, np.uint64))
+    emptied: list[NDArray[np.uint64]] = field(default_factory=list)
     zero_pages: int = 0
     vmas: int = 0
     mappings: list[Mapping] = field(default_factory=list)

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ksmd.core.selection import Selected
+from ksmd.core.windows import columns
 from ksmd.daemon.prepare import refuse_early
 from ksmd.daemon.state import PASSING, Target
 from ksmd.daemon.targets import STORE_PATH, Targets
@@ -146,7 +147,7 @@ class Rescue:
                 for at in range(vma.start, vma.end, limit)
             ]
             for batch in batches(records, window.max_runs, limit):
-                request = WindowRequest(one.process, tuple(batch), inode, window.deadline_ms)
+                request = WindowRequest(one.process, columns(batch), inode, window.deadline_ms)
                 done = self._engine.window(request, None)
                 if done.refused is Reason.GONE:
                     raise TargetGoneError(f"process {one.process.pid} is gone")

@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from ksmd.core.windows import columns
 from ksmd.daemon.accounting import Accounting
 from ksmd.daemon.journal import fields
 from ksmd.daemon.merger import Merger
@@ -160,11 +161,10 @@ class Unmerger:
             for batch in batches(records, runs, limit):
                 if target.contexts is None:
                     return  # given back by somebody else, between two windows
-                done = self._merger.open(target, batch, extent)
-                if done.refused is not None:
+                done = self._merger.open(target, columns(batch), extent)
+                if done.refused is not None or done.done is None:
                     return
-                kept = [o for o in done.outcomes if o.reason is None]
-                pages = sum(o.record.length for o in kept) >> PAGE_SHIFT
+                pages = int(done.records["length"][done.done].sum()) >> PAGE_SHIFT
                 result.pages += pages
                 if pages:
                     self._targets.tell("unmerged", target, pages)

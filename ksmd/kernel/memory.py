@@ -19,14 +19,18 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+from array import array
+from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import accumulate, chain
 from types import TracebackType
 
 from ksmd.kernel import libc, procfs
 from ksmd.model.errors import KsmdError, TargetGoneError
-from ksmd.model.units import PAGE_SHIFT
 
 NR_PROCESS_VM_READV = 310
+
+_IOV_MAX = 1024
 
 #: A good size for one read, in bytes.
 PIECE = 1 << 20
@@ -96,7 +100,7 @@ class Memory:
         On a page that is shared by fork or KSM this call takes the sharing away. Whatever
         process_vm_readv does not deliver is read from /proc/PID/mem.
         """
-        done = self._vm_read(address, view) if self._vm_readv else 0
+        done = self._vm_read(address, view)
         if done:
             # process_vm_readv goes by pid: the open file proves that it was still our process's
             self.read_into(address, memoryview(bytearray(1)))
@@ -106,6 +110,14 @@ class Memory:
         target = (ctypes.c_char * view.nbytes).from_buffer(view)
         local = (ctypes.c_uint64 * 2)(ctypes.addressof(target), view.nbytes)
         remote = (ctypes.c_uint64 * 2)(address, view.nbytes)
+        return self._process_vm_readv(local, ctypes.addressof(remote), 1)
+
+    def _process_vm_readv(
+        self, local: ctypes.Array[ctypes.c_uint64], remote: int, count: int
+    ) -> int:
+        """Read *count* pieces, (address, length) at *remote*, into one: bytes read, perhaps 0."""
+        if not self._vm_readv:
+            return 0
         try:
             return libc.syscall(
                 "process_vm_readv",
@@ -113,8 +125,8 @@ class Memory:
                 self.pid,
                 ctypes.addressof(local),
                 1,
-                ctypes.addressof(remote),
-                1,
+                remote,
+                count,
                 0,
             )
         except OSError as error:
@@ -124,16 +136,39 @@ class Memory:
                 self._vm_readv = False
             return 0
 
-    def read_heads(self, pages: Sequence[int], head: int = 128) -> bytes:
-        """Read the first *head* bytes of each page (page numbers): ``len(pages) * head`` bytes.
+    def gather_exclusive(
+        self, pieces: Sequence[tuple[int, int]], view: memoryview
+    ) -> list[tuple[int, int]]:
+        """Read many pieces (address, length) into *view*, one after the other, in few calls.
 
-        The head of a page that is no longer there is all zeros; digests of it then differ.
+        Every page exclusive, as for :meth:`read_exclusive_into`. Gives the ranges [start, end) of
+        *view* that could not be read, and are as they were.
         """
-        buffer = bytearray(len(pages) * head)
-        view = memoryview(buffer)
-        for index, page in enumerate(pages):
-            self.read_into(int(page) << PAGE_SHIFT, view[index * head : (index + 1) * head])
-        return bytes(buffer)
+        missing: list[tuple[int, int]] = []
+        if not pieces:
+            return missing
+        remote = array("Q", chain.from_iterable(pieces))
+        ends = [0, *accumulate(remote[1::2])]
+        vectors, _ = remote.buffer_info()
+        target = (ctypes.c_char * ends[-1]).from_buffer(view)
+        start, at = ctypes.addressof(target), 0
+        while at < len(pieces):
+            until = min(at + _IOV_MAX, len(pieces))
+            local = (ctypes.c_uint64 * 2)(start + ends[at], ends[until] - ends[at])
+            got = ends[at] + self._process_vm_readv(local, vectors + at * 16, until - at)
+            if got == ends[until]:
+                at = until
+                continue
+            # a page of this piece is gone, or this way is closed
+            at = bisect_right(ends, got) - 1
+            address = pieces[at][0] + got - ends[at]
+            got += self.read_into(address, view[got : ends[at + 1]])
+            if got < ends[at + 1]:
+                missing.append((got, ends[at + 1]))
+            at += 1
+        # process_vm_readv goes by pid: the open file proves that it was still our process's
+        self.read_into(pieces[0][0], memoryview(bytearray(1)))
+        return missing
 
     def write(self, address: int, data: bytes) -> None:
         """Write all of *data* at *address*; KsmdError where nothing is mapped."""

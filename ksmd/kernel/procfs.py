@@ -161,6 +161,15 @@ _MAPS_LINE = re.compile(
     rb" ([0-9a-f]{1,8}):([0-9a-f]{1,8}) ([0-9]{1,20})(?: +(.*))?",
     re.DOTALL,
 )
+# The same for a whole text at once: programs may have tens of thousands of mappings.
+_MAPS_ROW = (
+    rb"^([0-9a-f]{1,16})-([0-9a-f]{1,16}) ([r-][w-][x-][ps]) ([0-9a-f]{1,16})"
+    rb" ([0-9a-f]{1,8}:[0-9a-f]{1,8}) ([0-9]{1,20})(?: +(.*))?\n"
+)
+_MAPS_TEXT = re.compile(_MAPS_ROW, re.MULTILINE)
+_SMAPS_TEXT = re.compile(
+    _MAPS_ROW + rb"(?:[A-Z][A-Za-z0-9_]{0,63}:.*\n)*?VmFlags:(.*)\n", re.MULTILINE
+)
 _SMAPS_FIELD = re.compile(rb"[A-Za-z0-9_]{1,64}:")
 _HEX_DIGITS = b"0123456789abcdef"
 
@@ -188,13 +197,55 @@ def _vma(line: bytes, number: int) -> Vma:
     return vma
 
 
+def _rows(pattern: re.Pattern[bytes], text: bytes) -> list[Vma] | None:
+    """Parse a text of nothing but what *pattern* matches; None where there is anything else."""
+    vmas: list[Vma] = []
+    at = 0
+    for found in pattern.finditer(text):
+        if found.start() != at:
+            return None
+        at = found.end()
+        low, high, perms, offset, device, inode, path, *flags = found.groups()
+        start, end = int(low, 16), int(high, 16)
+        if start >= end:
+            return None
+        vmas.append(
+            Vma(
+                start,
+                end,
+                _text(perms),
+                int(offset, 16),
+                _device(device),
+                int(inode),
+                _text(path or b""),
+                _flags(flags[0]) if flags else frozenset(),
+            )
+        )
+    return vmas if at == len(text) else None
+
+
+@functools.lru_cache(maxsize=1024)
+def _text(words: bytes) -> str:
+    return os.fsdecode(words).rstrip(" ")
+
+
+@functools.lru_cache(maxsize=256)
+def _device(numbers: bytes) -> tuple[int, int]:
+    major, minor = numbers.split(b":")
+    return int(major, 16), int(minor, 16)
+
+
 def parse_maps(text: str | bytes) -> list[Vma]:
     r"""Parse /proc/PID/maps. Empty lines are skipped; any other line that is no mapping raises.
 
     Lone surrogates in a str must be those of os.fsdecode(); others raise ValueError as well.
     Paths keep the kernel's escapes (``\012`` for a newline) and its " (deleted)".
     """
-    return [_vma(line, number) for number, line in enumerate(_bytes(text).split(b"\n"), 1) if line]
+    text = _bytes(text)
+    vmas = _rows(_MAPS_TEXT, text)
+    if vmas is not None:
+        return vmas
+    return [_vma(line, number) for number, line in enumerate(text.split(b"\n"), 1) if line]
 
 
 def parse_smaps(text: str | bytes) -> list[Vma]:
@@ -203,8 +254,12 @@ def parse_smaps(text: str | bytes) -> list[Vma]:
     A line that is neither mapping nor field, or a field before the first mapping, raises
     ValueError with its number. A mapping without a VmFlags line has no flags.
     """
-    vmas: list[Vma] = []
-    for number, line in enumerate(_bytes(text).split(b"\n"), 1):
+    text = _bytes(text)
+    vmas = _rows(_SMAPS_TEXT, text)
+    if vmas is not None:
+        return vmas
+    vmas = []
+    for number, line in enumerate(text.split(b"\n"), 1):
         # mappings begin with a lower-case digit, fields with a capital: a path may hold ": "
         if line[:1] in _HEX_DIGITS:
             if line:

@@ -25,6 +25,22 @@ RUN = np.dtype(
 #: A run of neighbouring pages of one target, without a place in the store.
 SPAN = np.dtype([("target", np.uint32), ("npages", np.uint32), ("page", np.uint64)])
 
+#: A record of a stop window, as the tracer reads it: ``start`` and ``length`` in bytes of the
+#: target, ``offset`` in bytes of the extent; ``op`` and ``advice`` are the enums of their names in
+#: :mod:`ksmd.model.window`.
+RECORD = np.dtype(
+    [
+        ("op", np.uint32),
+        ("start", np.uint64),
+        ("length", np.uint64),
+        ("offset", np.uint64),
+        ("advice", np.uint32),
+    ]
+)
+
+#: What became of one record: ``result`` and ``stage`` of :class:`ksmd.model.window.Outcome`.
+RESULT = np.dtype([("result", np.int64), ("stage", np.uint32)])
+
 
 class Seen(IntEnum):
     """What the rmap table says of a page that was just read."""

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum, IntFlag
+from typing import TYPE_CHECKING
 
 from ksmd.model.process import TargetId
 from ksmd.model.refusal import Reason
+
+if TYPE_CHECKING:  # the tracer, which knows no columns, imports this module too
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 class Op(IntEnum):
@@ -57,10 +63,13 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class WindowRequest:
-    """One stop window. ``extent_inode`` tells our own mappings; 0 when no extent is concerned."""
+    """One stop window. ``extent_inode`` tells our own mappings; 0 when no extent is concerned.
+
+    ``records``: dtype RECORD (:mod:`ksmd.model.tables`).
+    """
 
     target: TargetId
-    records: tuple[Record, ...]
+    records: NDArray[np.void]
     extent_inode: int = 0
     deadline_ms: float = 10.0
     accept_seccomp_risk: bool = False
@@ -68,13 +77,19 @@ class WindowRequest:
 
 @dataclass(frozen=True, slots=True)
 class WindowResult:
-    """``refused`` is set when the target was let go without a change.
+    """What became of a window.
 
-    ``lost``: the tracer ended in the window, so its stub may be at work yet.
+    ``refused`` is set when the target was let go without a change. ``done`` (bool) tells for each
+    of the ``records`` whether it was carried out, ``results`` (dtype RESULT) how it ended, and
+    ``reasons`` why not, by index. ``lost``: the tracer ended in the window, so its stub may be at
+    work yet.
     """
 
     target: TargetId
-    outcomes: tuple[Outcome, ...] = ()
+    records: NDArray[np.void]
+    results: NDArray[np.void] | None = None
+    done: NDArray[np.bool_] | None = None
+    reasons: Mapping[int, Reason] = field(default_factory=dict)
     refused: Reason | None = None
     detail: str = ""
     lost: bool = False
@@ -82,3 +97,18 @@ class WindowResult:
     stop_us: float = 0.0
     total_us: float = 0.0
     timings: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def outcomes(self) -> tuple[Outcome, ...]:
+        """Every record by itself; none where the target was let go."""
+        if self.results is None:
+            return ()
+        return tuple(
+            Outcome(
+                Record(Op(op), start, length, offset, Advice(advice)),
+                result, stage, self.reasons.get(index),
+            )
+            for index, ((op, start, length, offset, advice), (result, stage)) in enumerate(
+                zip(self.records.tolist(), self.results.tolist(), strict=True)
+            )
+        )  # fmt: skip

@@ -2,60 +2,73 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Iterable
+
 from ksmd.kernel.vmaquery import VmaQuery
 from ksmd.model.refusal import Reason
-from ksmd.model.units import PAGE_SIZE
+from ksmd.model.units import PAGE_SHIFT
 from ksmd.model.vma import Vma
-from ksmd.model.window import Op, Record
+from ksmd.model.window import Op
 from ksmd.remap import stub
 from ksmd.remap.session import Session
 
+_PROT = {"r": 1, "w": 2, "x": 4}
+
 
 def admit(
-    session: Session, records: list[Record], extent_inode: int, huge: bool
+    session: Session,
+    records: Iterable[tuple[int, int, int, int, int]],
+    extent_inode: int,
+    huge: bool,
 ) -> tuple[list[stub.StubRecord], dict[int, Reason]]:
-    """Re-check every record against the maps of the stopped target.
+    """Re-check every record (as on the wire) against the maps of the stopped target.
 
     Gives what may be carried out, and the reason for each index of *records* that may not.
     """
     admitted: list[stub.StubRecord] = []
     dropped: dict[int, Reason] = {}
-    rseq = session.rseq_pages()
+    rseq = sorted(session.rseq_pages())
+    flags = stub.NOHUGEPAGE if huge else 0
+    vma, prot = None, 0
     with VmaQuery(session.pid, session.tid) as query:
-        for index, record in enumerate(records):
-            vma = query.covering(record.start)
-            reason = _objection(record, vma, extent_inode, rseq)
-            if reason is not None or vma is None:
-                dropped[index] = reason or Reason.NOT_MAPPED
+        for index, (op, start, length, offset, advice) in enumerate(records):
+            if vma is None or not vma.start <= start < vma.end:
+                vma = query.covering(start)
+                prot = sum(_PROT.get(letter, 0) for letter in vma.perms) if vma is not None else 0
+            reason = _objection(op, start, length, offset, vma, extent_inode, rseq)
+            if reason is not None:
+                dropped[index] = reason
                 continue
-            prot = sum(bit for letter, bit in zip("rwx", (1, 2, 4), strict=True)
-                       if letter in vma.perms)  # fmt: skip
-            admitted.append(
-                stub.StubRecord(
-                    record.op, record.start, record.length, record.offset, 0, prot,
-                    (stub.NOHUGEPAGE if huge else 0) | record.advice,
-                )
-            )  # fmt: skip
+            admitted.append(stub.StubRecord(op, start, length, offset, 0, prot, flags | advice))
     return admitted, dropped
 
 
-def _objection(record: Record, vma: Vma | None, extent_inode: int, rseq: set[int]) -> Reason | None:
-    if vma is None or record.start + record.length > vma.end:
+def _objection(
+    op: int,
+    start: int,
+    length: int,
+    offset: int,
+    vma: Vma | None,
+    extent_inode: int,
+    rseq: list[int],
+) -> Reason | None:
+    if vma is None or start + length > vma.end:
         return Reason.NOT_MAPPED
     if vma.perms[3] != "p":
         return Reason.SHARED_MAPPING
     # the stub compares what it moved aside, so it must be readable; unmerging makes it so itself
-    if record.op is not Op.UNMERGE and not vma.perms.startswith("rw-"):
+    if op != Op.UNMERGE and not vma.perms.startswith("rw-"):
         return Reason.NOT_WRITABLE
-    if record.op in (Op.MERGE, Op.ZERO):
+    if op in (Op.MERGE, Op.ZERO):
         if vma.inode or vma.device != (0, 0):
             return Reason.FILE_BACKED
-        first, last = record.start // PAGE_SIZE, (record.start + record.length - 1) // PAGE_SIZE
-        if any(first <= page <= last for page in rseq):
+        at = bisect_left(rseq, start >> PAGE_SHIFT)
+        if at < len(rseq) and rseq[at] < (start + length) >> PAGE_SHIFT:
             return Reason.RSEQ
         return None
     if vma.inode != extent_inode:
         return Reason.NOT_MAPPED
-    if vma.offset + record.start - vma.start != record.offset:
+    if vma.offset + start - vma.start != offset:
         return Reason.CHANGED
     return None

@@ -279,11 +279,11 @@ class Borrowed:
         fds = [contexts.alive]
         if contexts.track >= 0:
             fds += [contexts.track, contexts.guard]
-        if records[0].op in (Op.UNMERGE, Op.REMERGE):
+        if records[0].op >= Op.UNMERGE:
             path = procfs.task_path(self._session.pid, "pagemap", self._session.tid)
             self._pagemap = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             fds.append(self._pagemap)
-        if contexts.store >= 0 and records[0].op is not Op.UNMERGE:  # must not need more than MERGE
+        if contexts.store >= 0 and records[0].op != Op.UNMERGE:  # must not need more than MERGE
             fds.append(contexts.store)
         return fds
 

@@ -9,12 +9,15 @@ import sys
 from dataclasses import dataclass
 from typing import Any, Final
 
+import numpy as np
+
 from ksmd.kernel import channel, userfaultfd
 from ksmd.model.errors import KernelFeatureError
 from ksmd.model.process import TargetId
 from ksmd.model.refusal import Reason
-from ksmd.model.window import Op, Outcome, WindowRequest, WindowResult
-from ksmd.remap import stub, wire
+from ksmd.model.tables import RESULT
+from ksmd.model.window import Op, WindowRequest, WindowResult
+from ksmd.remap import stub
 from ksmd.remap.tracer import EXIT_UNSTOPPABLE
 
 _REPLY_SECONDS: Final = 10.0
@@ -153,22 +156,31 @@ class Engine:
         header |= {"inode": request.extent_inode, "huge": huge, "fail": fail}
         fds = [] if contexts is None else [contexts.track, contexts.guard]
         fds += [store] if store >= 0 else []
+        records = request.records
         try:
-            reply, data, _ = self._ask(header, wire.pack_records(request.records), tuple(fds))
+            reply, data, _ = self._ask(header, records.tobytes(), tuple(fds))
         except RefusedTargetError as error:
             return WindowResult(
-                request.target, refused=error.reason, detail=error.detail, lost=error.lost
+                request.target,
+                records,
+                refused=error.reason,
+                detail=error.detail,
+                lost=error.lost,
             )
+        results = np.frombuffer(data, RESULT)
+        done = (results["result"] == 0) & (results["stage"] == stub.STAGE_DONE)
         dropped = {int(index): Reason(reason) for index, reason in reply["dropped"].items()}
-        outcomes = tuple(
-            Outcome(record, result, stage, dropped.get(index) or _reason(record.op, result, stage))
-            for index, (record, (result, stage)) in enumerate(
-                zip(request.records, wire.unpack_results(data), strict=True)
-            )
-        )
+        reasons = {
+            index: dropped.get(index)
+            or _reason(int(records["op"][index]), *results[index].tolist())
+            for index in np.flatnonzero(~done).tolist()
+        }
         return WindowResult(
             request.target,
-            outcomes,
+            records,
+            results,
+            done,
+            reasons,
             refused=Reason.POISONED if reply["kept"] else None,
             threads=reply["threads"],
             stop_us=reply["stop_us"],
@@ -186,10 +198,8 @@ class Engine:
         }
 
 
-def _reason(op: Op, result: int, stage: int) -> Reason | None:
-    """Name what happened to a record."""
-    if result == 0 and stage == stub.STAGE_DONE:
-        return None
+def _reason(op: int, result: int, stage: int) -> Reason:
+    """Name what kept a record from being carried out."""
     if stage >= stub.STUCK:
         return Reason.POISONED
     match -result:

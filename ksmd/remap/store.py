@@ -60,6 +60,10 @@ class Extent:
         """Page index at a file offset; negative in the unused part."""
         return (offset >> PAGE_SHIFT) - self.phase
 
+    def indexes(self, offsets: NDArray[np.uint64]) -> NDArray[np.int64]:
+        """Do as :meth:`index` for many offsets."""
+        return (offsets >> np.uint64(PAGE_SHIFT)).astype(np.int64) - self.phase
+
     def view(self, index: int, npages: int) -> memoryview:
         """Some pages in our own mapping, which is read-only once the extent is made."""
         return libc.view(self.map.address + self.offset(index), npages << PAGE_SHIFT)

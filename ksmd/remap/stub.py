@@ -16,8 +16,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Final
 
-from ksmd.model.window import Op
-
 COMPILER: Final = "gcc-12"
 COMPILE: Final = (
     "-Os -ffreestanding -fPIE -fno-plt -mgeneral-regs-only -fno-stack-protector"
@@ -57,7 +55,7 @@ SYSTEM_CALLS: Final = (3, 9, 10, 11, 15, 16, 17, 25, 27, 28, 39, 41, 47, 186, 23
 class StubRecord:
     """One record in the stub's terms; bytes everywhere. ``aside`` is its place in quarantine."""
 
-    op: Op
+    op: int
     start: int
     length: int
     offset: int

@@ -150,8 +150,8 @@ class Tracer:
     def _window(
         self, session: Session, header: dict[str, Any], payload: bytes, fds: list[int]
     ) -> _Reply:
-        records = wire.unpack_records(payload)
-        if any(record.op in (Op.UNMERGE, Op.REMERGE) for record in records):
+        records = list(wire.unpack_records(payload))
+        if any(record[0] >= Op.UNMERGE for record in records):
             _refuse_pins(session.pid)
         admitted, dropped = admit(session, records, header["inode"], header["huge"])
         outcome = Outcome(threads=len(session.stopped.threads))

@@ -22,6 +22,7 @@ from typing import Any
 
 import pytest
 
+from ksmd.core.windows import columns
 from ksmd.guard.client import Pager
 from ksmd.kernel import libc, memfd, procfs
 from ksmd.kernel.iouring import PinRing
@@ -131,7 +132,7 @@ class Lab:
         """Open one window, as the daemon does."""
         ranges = [(r.start, r.start + r.length) for r in records if r.op is not Op.ZERO]
         inode = extent.inode if extent else 0
-        request = WindowRequest(subject.id, tuple(records), inode, deadline_ms)
+        request = WindowRequest(subject.id, columns(records), inode, deadline_ms)
         self.pager.extend(subject.slot, ranges)
         try:
             store = extent.fd_ro if extent else -1

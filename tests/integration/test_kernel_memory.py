@@ -60,12 +60,22 @@ def test_a_target_that_refuses_process_vm_readv_is_read_all_the_same(
         assert buffer == _expected()
 
 
-def test_heads_are_those_of_the_pages_asked_for() -> None:
+def test_pieces_come_one_after_the_other_and_what_is_missing_is_told() -> None:
     with Victim(FILLED) as victim, Memory(victim.pid) as memory:
         victim.ask(f"libc.munmap(ctypes.c_void_p({victim.ready} + 9 * PAGE), PAGE)")
-        first = victim.ready >> PAGE_SHIFT
-        heads = memory.read_heads([first, first + 7, first + 9], 64)
-    assert heads == b"\2" * 64 + b"\x09" * 64 + bytes(64)
+        at = [victim.ready + page * PAGE_SIZE for page in (0, 7, 8, 9, 11, 3)]
+        lengths = [64, 128, 2 * PAGE_SIZE, 128, 8, PAGE_SIZE]
+        pieces = list(zip(at, lengths, strict=True))
+        read = bytearray(b"?" * sum(lengths))
+        missing = memory.gather_exclusive(pieces, memoryview(read))
+        many = bytearray(2500 * 16)
+        pieces = [(victim.ready + n % 8 * PAGE_SIZE, 16) for n in range(2500)]
+        assert memory.gather_exclusive(pieces, memoryview(many)) == []
+    hole = 64 + 128 + PAGE_SIZE
+    assert missing == [(hole, hole + PAGE_SIZE), (hole + PAGE_SIZE, hole + PAGE_SIZE + 128)]
+    expected = b"\2" * 64 + b"\x09" * 128 + b"\x0a" * PAGE_SIZE + b"?" * (PAGE_SIZE + 128)
+    assert read == expected + b"\x0d" * 8 + b"\x05" * PAGE_SIZE
+    assert many == b"".join(bytes([2 + n % 8]) * 16 for n in range(2500))
 
 
 def test_write_needs_a_mapping_and_the_writable_file() -> None:
@@ -98,7 +108,6 @@ def test_scanning_and_reading_a_forked_family_leaves_it_as_it_was() -> None:
                 buffer = bytearray(NPAGES * PAGE_SIZE)
                 assert memory.read_into(at, memoryview(buffer)) == len(buffer)
                 assert buffer == _expected()
-                memory.read_heads(found.pages.tolist())
         assert {pid: _state(pid, at) for pid in pids} == before
 
 

@@ -44,11 +44,14 @@ def test_every_page_is_counted_once_and_under_its_right_name(victims, counted, l
     assert counters(daemon) == (0, 0, 0, 0, 0)
     answer = daemon.ctl("scan", "--wait")
     assert answer["merged"] == equal + zero
-    assert answer["scanned"] == 2 * 960  # nothing merges before it was seen unchanged
+    # a page's second sight is the compare in its window; after a merge the rest is scanned again
+    passes = 2 if equal + zero else 1
+    scanned = 960 + (960 - equal - zero if equal + zero else 0)
+    assert (answer["passes"], answer["scanned"]) == (passes, scanned)
     status = daemon.status()
     print({name: status[name] for name in COUNTERS})
     assert counters(daemon) == (distinct, equal - distinct, unique, zero, 0)
-    assert (status["full_scans"], status["pages_scanned"]) == (2, 1920)
+    assert (status["full_scans"], status["pages_scanned"]) == (passes, scanned)
     assert (status["pages_volatile"], status["pages_skipped"]) == (0, 0)
     assert status["headroom_bytes"] == PAGE * (equal + zero)
     assert status["general_profit"] < PAGE * (equal - distinct + zero)

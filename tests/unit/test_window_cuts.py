@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ksmd.core.windows import cut_into_windows
+from ksmd.core.windows import merge_records, pages_of, spans, windows_of, zero_records
 from ksmd.model.tables import RUN, SPAN
 from ksmd.model.vma import Area, Vma
 from ksmd.model.window import Op
@@ -41,23 +41,21 @@ def test_every_page_of_a_run_that_lies_in_an_area_comes_once_at_its_place_and_no
             7,
             1000 + first,
         )
-    windows = cut_into_windows(
-        table, np.zeros(0, SPAN), where[::-1] if backwards else where, {7: 3}, 4, 8
-    )
+    records = merge_records(table, 3, where[::-1] if backwards else where, 8)
     places: dict[int, int] = {}
-    for extent, batch in windows:
-        assert extent == 7
+    for batch in windows_of(records, 4, 8):
         assert 0 < len(batch) <= 4
-        assert sum(record.length for record in batch) <= 8 * PAGE
-        for record in batch:
-            assert record.op is Op.MERGE
-            assert any(
-                a.start <= record.start < record.start + record.length <= a.end for a in where
-            )
-            for at in range(0, record.length, PAGE):
-                page = (record.start + at) // PAGE
+        assert batch["length"].sum() <= 8 * PAGE
+        for op, start, length, offset, advice in batch.tolist():
+            assert (op, advice) == (Op.MERGE, 0)
+            assert any(a.start <= start < start + length <= a.end for a in where)
+            for at in range(0, length, PAGE):
+                page = (start + at) // PAGE
                 assert page not in places
-                places[page] = (record.offset + at) // PAGE
+                places[page] = (offset + at) // PAGE
+        covered = {p * PAGE for low, high in spans(batch) for p in range(low // PAGE, high // PAGE)}
+        assert covered == {p * PAGE for p in pages_of(batch).tolist()}
+        assert len(pages_of(batch)) == batch["length"].sum() // PAGE
     wanted = {p for first, end in ranges(runs) for p in range(first, end)}
     allowed = {p for a in where for p in range(a.start // PAGE, a.end // PAGE)}
     assert places == {page: 1000 + page + 3 for page in wanted & allowed}
@@ -72,11 +70,10 @@ def test_zero_runs_are_cut_at_the_same_borders_and_need_no_extent(
         row["page"], row["npages"] = first, end - first
     where = [area(*pair) for pair in ranges(areas)]
     found: list[int] = []
-    for extent, batch in cut_into_windows(np.zeros(0, RUN), table, where, {}, 400, 4096):
-        assert extent == 0
-        for record in batch:
-            assert (record.op, record.offset) == (Op.ZERO, 0)
-            found += range(record.start // PAGE, (record.start + record.length) // PAGE)
+    for batch in windows_of(zero_records(table, where, 4096), 400, 4096):
+        for op, start, length, offset, _ in batch.tolist():
+            assert (op, offset) == (Op.ZERO, 0)
+            found += range(start // PAGE, (start + length) // PAGE)
     wanted = {p for first, end in ranges(zeros) for p in range(first, end)}
     allowed = {p for a in where for p in range(a.start // PAGE, a.end // PAGE)}
     assert sorted(found) == sorted(wanted & allowed)
