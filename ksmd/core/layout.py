@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from ksmd.model.plan import ExtentPlan
 from ksmd.model.tables import RUN, SPAN
-from ksmd.model.units import HUGE_PAGE_PAGES
 
 U32 = NDArray[np.uint32]
 U64 = NDArray[np.uint64]
@@ -31,20 +30,13 @@ _SLOTS = 1 << (64 - _PAGE_BITS)
 
 @dataclass(frozen=True, slots=True)
 class PlanLimits:
-    """What bounds a plan; sizes in pages.
+    """What bounds a plan: ``extent_pages`` of one extent, and what one more VMA costs."""
 
-    ``huge_pages``: source runs of so many pages get extents of their own, congruent with their
-    source, so that 2 MiB pages fit. ``max_extent_pages`` bounds these, ``packed_extent_pages`` the
-    extents that all other pages share. ``vma_bytes``: what one more VMA of a target costs.
-    """
-
-    huge_pages: int = HUGE_PAGE_PAGES
-    max_extent_pages: int = 65536
-    packed_extent_pages: int = 4096
+    extent_pages: int = 4096
     vma_bytes: int = VMA_BYTES
 
     def __post_init__(self) -> None:
-        if min(self.huge_pages, self.max_extent_pages, self.packed_extent_pages) <= 0:
+        if self.extent_pages <= 0:
             raise ValueError("a plan needs extents of at least one page")
 
 
@@ -52,15 +44,13 @@ class PlanLimits:
 class Layout:
     """New store pages in the order in which they are laid out.
 
-    ``extent`` and ``index`` (uint64) say where each goes; ``part`` numbers the extents from 0, the
-    huge ones first: ``nhuge`` of them.
+    ``extent`` and ``index`` (uint64) say where each goes.
     """
 
     slots: U32
     pages: U64
     extent: U64
     index: U64
-    nhuge: int
 
     @property
     def places(self) -> U64:
@@ -120,55 +110,24 @@ def runs_of(slots: U32, pages: U64, places: U64) -> tuple[NDArray[np.void], Inde
 
 
 def lay_out(slots: U32, pages: U64, next_extent: int, limits: PlanLimits) -> Layout:
-    """Give each page (sorted by (slot, page)) a place in a new extent.
-
-    Long source runs go to extents of their own, cut where the source crosses a multiple of
-    ``max_extent_pages``; a cut-off end shorter than ``huge_pages`` is packed with the rest.
-    """
-    n = pages.size
-    extent = np.zeros(n, np.uint64)
-    index = np.zeros(n, np.uint64)
-    if not n:
-        return Layout(slots, pages, extent, index, 0)
-    source = starts_where(slots[1:] == slots[:-1], advances(pages))
-    length = np.diff(source, append=n)
-    # Cuts in long runs, at multiples of the extent's size counted from the 2 MiB page below.
-    first = np.repeat(pages[source], length)
-    piece = (pages - (first - first % HUGE_PAGE_PAGES)) // np.uint64(limits.max_extent_pages)
-    fresh = np.zeros(n, np.bool_)
-    fresh[source] = True
-    long_run = np.repeat(length >= limits.huge_pages, length)
-    fresh[1:] |= long_run[1:] & (piece[1:] != piece[:-1])
-    part = np.flatnonzero(fresh)
-    length = np.diff(part, append=n)
-    own = (length >= limits.huge_pages) & long_run[part]
-    huge = np.repeat(own, length)
-    extent[huge] = np.repeat(np.arange(np.count_nonzero(own)), length[own])
-    index[huge] = (np.arange(n) - np.repeat(part, length))[huge]
-    nhuge = int(np.count_nonzero(own))
-    rest = np.arange(n - int(np.count_nonzero(huge)))
-    extent[~huge] = nhuge + rest // limits.packed_extent_pages
-    index[~huge] = rest % limits.packed_extent_pages
-    extent += np.uint64(next_extent)
-    if int(extent.max()) >> 32:
+    """Give each page (sorted by (slot, page)) a place in a new extent, neighbours side by side."""
+    order = np.arange(pages.size, dtype=np.uint64)
+    size = np.uint64(limits.extent_pages)
+    extent = order // size + np.uint64(next_extent)
+    if extent.size and int(extent[-1]) >> 32:
         raise ValueError("extent ids have run out")
-    return Layout(slots, pages, extent, index, nhuge)
+    return Layout(slots, pages, extent, order % size)
 
 
-def extents_of(layout: Layout, checksums: U32, next_extent: int) -> tuple[ExtentPlan, ...]:
+def extents_of(layout: Layout, checksums: U32) -> tuple[ExtentPlan, ...]:
     """Return the extents of a layout; ``checksums`` has one entry per page of it."""
     if not layout.pages.size:
         return ()
-    order = np.argsort(layout.places, kind="stable")
-    extent = layout.extent[order]
-    starts = starts_where(extent[1:] == extent[:-1])
-    ends = np.append(starts[1:], extent.size)
+    starts = starts_where(layout.extent[1:] == layout.extent[:-1])
+    ends = np.append(starts[1:], layout.extent.size)
     plans = []
     for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
-        at = order[start:end]
-        number = int(extent[start])
-        huge = number - next_extent < layout.nhuge
-        phase = int(layout.pages[at[0]]) % HUGE_PAGE_PAGES if huge else 0
-        sources = spans_of(layout.slots[at], layout.pages[at])
-        plans.append(ExtentPlan(number, end - start, huge, phase, sources, checksums[at]))
+        sources = spans_of(layout.slots[start:end], layout.pages[start:end])
+        number = int(layout.extent[start])
+        plans.append(ExtentPlan(number, end - start, sources, checksums[start:end]))
     return tuple(plans)

@@ -82,7 +82,7 @@ def make_plan(
     refused: Counter[Reason] = Counter()
     draft = _Draft(_only(members, ~zero), store, merged_neighbours, refused)
     verdict = draft.settle(vma_room, next_extent, limits)
-    extents = extents_of(draft.layout, draft.new_checksums(), next_extent)
+    extents = extents_of(draft.layout, draft.new_checksums())
     return Plan(
         extents=extents,
         merges=verdict.ranked,
@@ -97,11 +97,10 @@ def describe(plan: Plan, names: Mapping[int, str]) -> list[str]:
     """Return the plan as lines of at most 100 columns; ``names`` are the targets' by slot."""
     merged = int(plan.merges["npages"].sum(dtype=np.int64))
     zeroed = int(plan.zeros["npages"].sum(dtype=np.int64))
-    huge = sum(extent.npages for extent in plan.extents if extent.huge)
     filled = sum(extent.npages for extent in plan.extents)
     lines = [
         f"merge {merged:,} pages in {plan.merges.size:,} runs, drop {zeroed:,} zero pages",
-        f"store {filled:,} new pages in {len(plan.extents):,} extents, {huge:,} of them huge",
+        f"store {filled:,} new pages in {len(plan.extents):,} extents",
         f"save {_mib(plan.saved_pages * PAGE_SIZE)} at a cost of {_mib(plan.cost_bytes)} of VMAs",
     ]
     for slot in np.union1d(plan.merges["target"], plan.zeros["target"]).tolist():

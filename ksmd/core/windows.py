@@ -28,16 +28,13 @@ def columns(records: Sequence[Record]) -> Records:
     return np.array(rows, RECORD)
 
 
-def merge_records(
-    runs: NDArray[np.void], phase: int, areas: Sequence[Area], max_pages: int
-) -> Records:
+def merge_records(runs: NDArray[np.void], areas: Sequence[Area], max_pages: int) -> Records:
     """Return what maps *runs* (dtype RUN, of one target and one extent) to the store.
 
-    In the order of the runs, cut where VMAs end; what lies in none of *areas* is left out. *phase*:
-    the unused pages at the start of the extent.
+    In the order of the runs, cut where VMAs end; what lies in none of *areas* is left out.
     """
     records = _whole(Op.MERGE, runs)
-    records["offset"] = (runs["index"].astype(np.uint64) + np.uint64(phase)) << _SHIFT
+    records["offset"] = runs["index"].astype(np.uint64) << _SHIFT
     return _short(_inside(records, areas), max_pages)
 
 

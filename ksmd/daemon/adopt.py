@@ -125,7 +125,7 @@ class Adoption:
 
     def _restore_extent(self, kept: KeptExtent) -> None:
         label = ExtentLabel.read(kept.about)
-        place = memfd.map_existing(kept.fd, label.phase + label.npages, label.huge)
+        place = memfd.map_existing(kept.fd, label.npages)
         try:
             extent = self._targets.adopt_extent(label, place)
         except KeyError:
@@ -136,7 +136,7 @@ class Adoption:
         if kept.length != label.npages << PAGE_SHIFT:  # the daemon died while it told of it
             self._pager.keep(replace(kept, length=label.npages << PAGE_SHIFT))
         try:
-            memfd.lock(place, label.phase)
+            memfd.lock(place)
         except KsmdError as error:
             log.warning("an adopted extent is locked by the pager alone: %s", error)
 

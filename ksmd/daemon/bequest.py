@@ -67,9 +67,7 @@ class ExtentLabel(_Label):
 
     domain: str
     number: int
-    phase: int
     npages: int
-    huge: bool
     pins: list[tuple[int, int]]
     digest: str = ""
 
@@ -84,7 +82,7 @@ class ExtentLabel(_Label):
         cls, domain: str, extent: Extent, pins: list[tuple[int, int]], key: bytes
     ) -> ExtentLabel:
         """Describe an extent, reading all of it for the digest."""
-        place = (domain, extent.number, extent.phase, extent.npages, extent.huge, pins)
+        place = (domain, extent.number, extent.npages, pins)
         digest = cls(*place).begin_digest(key)
         for first in range(0, extent.npages, STEP_PAGES):
             digest.update(extent.view(first, min(STEP_PAGES, extent.npages - first)))

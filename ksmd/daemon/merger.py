@@ -17,9 +17,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from ksmd.core.digest import HEAD_SIZE, sampled
 from ksmd.core.focus import focus
-from ksmd.core.planner import PlanLimits, make_plan
+from ksmd.core.planner import make_plan
 from ksmd.core.scope import Scope, within
 from ksmd.core.spans import Spans
 from ksmd.core.windows import (
@@ -32,6 +31,7 @@ from ksmd.core.windows import (
     windows_of,
     zero_records,
 )
+from ksmd.daemon.confirm import User, confirmed, without_lonely
 from ksmd.daemon.journal import fields
 from ksmd.daemon.prepare import prepare
 from ksmd.daemon.state import PASSING, Domain, Target
@@ -58,13 +58,6 @@ _MOMENTARY = frozenset({Reason.UNSTOPPABLE, Reason.NO_THREAD, Reason.STALE_STUB}
 _RETRIES = 3
 
 
-#: No extent of 2 MiB pages. A program may madvise(MADV_HUGEPAGE) and collapse a merged range that
-#: is congruent with such an extent; its 2 MiB entry would then go as a whole at the next write,
-#: drop or fork, and the guard, which takes every fault for a drop, would answer with zeros. Pinned
-#: 4 KiB pages cannot be collapsed by anybody.
-_LIMITS = PlanLimits(huge_pages=1 << 40)
-
-
 @dataclass(slots=True)
 class MergeResult:
     """What one merge pass did, in pages; ``postponed``: windows that a later pass should retry.
@@ -86,9 +79,6 @@ class MergeResult:
         """Pages that are shared now and were not before."""
         return self.merged + self.zeroed + self.remerged
 
-
-#: A target, its areas as they were planned with, and what it is to map of one extent.
-_User = tuple[Target, list[Area], Records]
 
 #: Whose stops need no pauses because somebody waits: everybody's, nobody's, or these slots'.
 Asked = bool | frozenset[int]
@@ -132,7 +122,6 @@ class Merger:
             zero_checksum=zero,
             vma_room={target.slot: self._vma_room(target) for target in self._of(domain)},
             next_extent=self._next_extent,
-            limits=_LIMITS,
         )
 
     def _of(self, domain: Domain) -> list[Target]:
@@ -202,7 +191,7 @@ class Merger:
             runs = plan.merges[plan.merges["extent"] == number]
             users = self._users(domain, extent, runs, asked, result)
             if number in new:
-                users = _without_lonely(users, extent, result)
+                users = without_lonely(users, extent, result.refused)
             for target, areas, records in users:
                 yield from self._open_windows(domain, target, areas, extent, records, asked, result)
 
@@ -223,7 +212,7 @@ class Merger:
         runs: NDArray[np.void],
         asked: Asked,
         result: MergeResult,
-    ) -> list[_User]:
+    ) -> list[User]:
         """Give the records of every target that may be stopped, confirmed by digest."""
         users = []
         for target in self._of(domain):
@@ -231,9 +220,11 @@ class Merger:
             if not len(mine) or not self._may_stop(target, asked):
                 continue
             areas = target.areas
-            records = merge_records(mine, extent.phase, areas, self._settings.window.max_pages)
+            records = merge_records(mine, areas, self._settings.window.max_pages)
             try:
-                users.append((target, areas, _confirmed(domain, target, extent, records, result)))
+                users.append(
+                    (target, areas, confirmed(domain, target, extent, records, result.refused))
+                )
             except TargetGoneError:
                 self._targets.drop(target)
         return users
@@ -335,7 +326,6 @@ class Merger:
             request,
             target.contexts,
             extent.map.fd_ro if extent is not None else -1,
-            huge=extent is not None and extent.huge,
         )
         # what a window left whose tracer died is settled by the next one that finds no stub at work
         if done.refused is None:
@@ -461,71 +451,6 @@ class Merger:
             os.close(target.contexts.guard)
             os.close(target.contexts.track)
         target.contexts = None
-
-
-def _confirmed(
-    domain: Domain, target: Target, extent: Extent, records: Records, result: MergeResult
-) -> Records:
-    """Keep records whose store pages are sound and whose digests match, before any stop."""
-    counts = (records["length"] >> np.uint64(PAGE_SHIFT)).astype(np.int64)
-    first = extent.indexes(records["offset"])
-    bad = np.concatenate(([0], np.cumsum(~extent.good)))
-    sound = bad[first + counts] == bad[first]
-    result.refused[Reason.CHANGED] += int(counts[~sound].sum())
-    records, counts = records[sound], counts[sound]
-    samples = [sampled(count) for count in counts.tolist()]
-    starts = records["start"].tolist()
-    pieces = [
-        (start + (page << PAGE_SHIFT), HEAD_SIZE)
-        for start, sample in zip(starts, samples, strict=True)
-        for page in sample
-    ]
-    heads = memoryview(bytearray(len(pieces) * HEAD_SIZE))
-    target.memory.gather_exclusive(pieces, heads)  # what is missing stays zero, and differs
-    same = np.zeros(len(records), np.bool_)
-    at = 0
-    for number, (index, sample) in enumerate(zip(first[sound].tolist(), samples, strict=True)):
-        end = at + len(sample) * HEAD_SIZE
-        digest = _digest(domain, extent, index, int(counts[number]))
-        same[number] = domain.digest.of_heads(heads[at:end]) == digest
-        at = end
-    result.refused[Reason.DIGEST] += int(counts[~same].sum())
-    return records[same]
-
-
-def _without_lonely(users: list[_User], extent: Extent, result: MergeResult) -> list[_User]:
-    """Drop records of which no page has a second user now.
-
-    That is what is left of two contents with one checksum: nobody is stopped for that.
-    """
-    steps = np.zeros(extent.npages + 1, np.int64)
-    for _, _, records in users:
-        first, end = _places(extent, records)
-        np.add.at(steps, first, 1)
-        np.add.at(steps, end, -1)
-    shared = np.concatenate(([0], np.cumsum(np.cumsum(steps[:-1]) > 1)))
-    kept = []
-    for target, areas, records in users:
-        first, end = _places(extent, records)
-        lonely = shared[end] == shared[first]
-        result.refused[Reason.DIGEST] += int((end - first)[lonely].sum())
-        kept.append((target, areas, records[~lonely]))
-    return kept
-
-
-def _places(extent: Extent, records: Records) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    first = extent.indexes(records["offset"])
-    return first, first + (records["length"] >> np.uint64(PAGE_SHIFT)).astype(np.int64)
-
-
-def _digest(domain: Domain, extent: Extent, first: int, npages: int) -> bytes:
-    """Give the digest of a run of store pages, from the cache or anew."""
-    page = extent.number << 32 | first
-    digest = domain.sha1_cache.get(page, npages)
-    if digest is None:
-        digest = domain.digest.of_pages(extent.view(first, npages))
-        domain.sha1_cache.put(page, npages, digest)
-    return digest
 
 
 def _is_asked(target: Target, asked: Asked) -> bool:

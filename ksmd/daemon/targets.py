@@ -196,7 +196,7 @@ class Targets:
         """Take in an extent whose rings have been adopted."""
         store = self._domain(label.domain).store
         token = self._ring.adopt_pin(label.pins)
-        return store.adopt(label.number, place, label.phase, label.huge, token)
+        return store.adopt(label.number, place, token)
 
     def adopt(self, slot: int, selected: Selected, contexts: TargetContexts) -> None:
         """Take in a target under the slot that the pager knows it by. TargetGoneError."""

@@ -106,7 +106,7 @@ class Rehearsal:
 
     def _merge(self) -> None:
         length = PAGES * PAGE_SIZE
-        self._store = memfd.create_extent("ksmd-selftest", PAGES, huge=False)
+        self._store = memfd.create_extent("ksmd-selftest", PAGES)
         content = libc.view(self._store.address, length)
         for page in range(PAGES):
             content[page * PAGE_SIZE : (page + 1) * PAGE_SIZE] = _content(page)

@@ -106,6 +106,11 @@ def mlock(address: int, length: int) -> None:
     _int_call("mlock", ctypes.c_void_p(address), ctypes.c_size_t(length))
 
 
+def punch_hole(fd: int, offset: int, length: int) -> None:
+    """fallocate(2) with FALLOC_FL_PUNCH_HOLE: that part of the file is a hole afterwards."""
+    _int_call("fallocate", fd, 3, ctypes.c_long(offset), ctypes.c_long(length))
+
+
 def mlockall(flags: int) -> None:
     """mlockall(2)."""
     _int_call("mlockall", ctypes.c_int(flags))

@@ -8,6 +8,14 @@ FUTURE_WRITE (no new writer and no new writable shared mapping, for root neither
 exist go on), SHRINK, GROW, SEAL. The price: the owner cannot punch holes either, so memory returns
 only when the whole extent is released.
 
+Blocks of 2 MiB are allocated as one huge page each, which is several times cheaper to fill than 512
+small ones and keeps neighbours neighbours, so that merged memory is read nearly at the speed of
+huge pages. But no huge page stays: a program could map one by a single 2 MiB entry, and when such
+an entry is split by a write, a drop or fork, the kernel forgets all 512 pages of it, which the
+guard would take for drops. So a hole is punched into each block, which makes the kernel split the
+huge page into folios of 1 MiB and less (Linux 6.15; into single pages before), and the hole is
+filled again. What is pinned then cannot be collapsed any more by anybody.
+
 The file is 1 TiB long and sparse: when a target grows a merged mapping in place, it meets holes,
 which fault as missing and are answered with zeros by the guard. Beyond the end of a short file it
 would meet SIGBUS.
@@ -46,10 +54,9 @@ _COLLAPSE_TRIES = 3
 class ExtentMap:
     """An extent as its owner holds it.
 
-    ``address``: our mapping of the file's first ``npages`` pages (a 2 MiB boundary when the extent
-    was made huge), writable where we made the extent. ``fd_ro``: the read-only descriptor, ours to
-    close by :func:`release`. ``device`` (major, minor) and ``inode`` are what maps shows of it
-    everywhere.
+    ``address``: our mapping of the file's first ``npages`` pages, on a 2 MiB boundary, writable
+    where we made the extent. ``fd_ro``: the read-only descriptor, ours to close by
+    :func:`release`. ``device`` (major, minor) and ``inode`` are what maps shows of it everywhere.
     """
 
     address: int
@@ -87,21 +94,14 @@ def _memfd(name: str) -> int:
         return os.memfd_create(name, flags)
 
 
-def _map(fd: int, length: int, huge: bool, prot: int = libc.PROT_READ | libc.PROT_WRITE) -> int:
-    if not huge:
-        return libc.mmap(0, length, prot, libc.MAP_SHARED, fd)
+def _map(fd: int, length: int, prot: int) -> int:
+    """Map the file's start at a 2 MiB boundary."""
     spare = length + HUGE_PAGE_SIZE
     flags = libc.MAP_PRIVATE | libc.MAP_ANONYMOUS | libc.MAP_NORESERVE
     base = libc.mmap(0, spare, libc.PROT_NONE, flags)
     address = (base + HUGE_PAGE_SIZE - 1) & ~(HUGE_PAGE_SIZE - 1)
     try:
-        libc.mmap(
-            address,
-            length,
-            prot,
-            libc.MAP_SHARED | libc.MAP_FIXED,
-            fd,
-        )
+        libc.mmap(address, length, prot, libc.MAP_SHARED | libc.MAP_FIXED, fd)
     except OSError:
         libc.munmap(base, spare)
         raise
@@ -112,12 +112,12 @@ def _map(fd: int, length: int, huge: bool, prot: int = libc.PROT_READ | libc.PRO
     return address
 
 
-def create_extent(name: str, npages: int, huge: bool) -> ExtentMap:
-    """Make an extent of *npages* pages, all holes yet, with our writable mapping of them.
+def create_extent(name: str, npages: int) -> ExtentMap:
+    """Make an extent of *npages* pages, zeros or holes yet, with our writable mapping of them.
 
-    *name* is what maps shows ("/memfd:NAME (deleted)"). *huge* aligns the mapping to 2 MiB, so that
-    :func:`populate_huge` can work; blocks count from the file's start, a last part below 2 MiB
-    stays 4 KiB pages. Raises KsmdError (memory, descriptors), PrivilegeError, KernelFeatureError.
+    *name* is what maps shows ("/memfd:NAME (deleted)"). Blocks of 2 MiB count from the file's
+    start; for a last part below 2 MiB, and where no huge page is free, there are single pages.
+    Raises KsmdError (memory, descriptors), PrivilegeError, KernelFeatureError.
     """
     if npages <= 0 or npages * PAGE_SIZE > FILE_SIZE:
         raise ValueError(f"an extent cannot have {npages} pages")
@@ -131,7 +131,10 @@ def create_extent(name: str, npages: int, huge: bool) -> ExtentMap:
         step = "ftruncate"
         os.ftruncate(fd, FILE_SIZE)
         step = "mmap"
-        address = _map(fd, length, huge)
+        address = _map(fd, length, libc.PROT_READ | libc.PROT_WRITE)
+        step = "allocate"  # before the seals, which forbid holes
+        for offset in range(0, length - HUGE_PAGE_SIZE + 1, HUGE_PAGE_SIZE):
+            _allocate_block(fd, address, offset)
         step = "open read-only"  # before the mode goes: afterwards it would take CAP_DAC_OVERRIDE
         fd_ro = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
         step = "fchmod"
@@ -151,7 +154,7 @@ def create_extent(name: str, npages: int, huge: bool) -> ExtentMap:
     return ExtentMap(address, npages, fd_ro, device, found.st_ino)
 
 
-def map_existing(fd: int, npages: int, huge: bool) -> ExtentMap:
+def map_existing(fd: int, npages: int) -> ExtentMap:
     """Map an extent that an earlier daemon made, read-only; *fd* becomes its ``fd_ro``.
 
     KsmdError when it is no extent: without the seals its content could have changed.
@@ -161,7 +164,7 @@ def map_existing(fd: int, npages: int, huge: bool) -> ExtentMap:
         found = os.fstat(fd)
         if not sealed or found.st_size != FILE_SIZE:
             raise KsmdError("what was left as an extent of the store is none")
-        address = _map(fd, npages * PAGE_SIZE, huge, libc.PROT_READ)
+        address = _map(fd, npages * PAGE_SIZE, libc.PROT_READ)
     except OSError as error:
         raise _translate(error, "map again") from error
     device = (os.major(found.st_dev), os.minor(found.st_dev))
@@ -180,32 +183,22 @@ def _collapse(address: int) -> bool:
     return False
 
 
-def populate_huge(extent: ExtentMap, first_page: int = 0) -> int:
-    """Back every whole 2 MiB block with one huge page of zeros; the number of blocks that got one.
-
-    Blocks that begin before *first_page* are left alone.
-    To be called while the extent is empty: one page is touched per block, because the kernel does
-    not collapse nothing, and the rest of the block costs no copy. Blocks for which no huge page is
-    free stay one page and holes: fewer than asked is no error. KsmdError when memory runs out.
-    """
-    got = 0
-    first = -(-first_page * PAGE_SIZE // HUGE_PAGE_SIZE) * HUGE_PAGE_SIZE
-    for offset in range(first, extent.length - HUGE_PAGE_SIZE + 1, HUGE_PAGE_SIZE):
-        address = extent.address + offset
-        try:
-            # not a plain store: without memory that would be SIGBUS
-            libc.madvise(address, PAGE_SIZE, libc.MADV_POPULATE_WRITE)
-        except OSError as error:
-            raise _translate(error, "touch") from error
-        got += _collapse(address)
-    return got
+def _allocate_block(fd: int, address: int, offset: int) -> None:
+    """Back one empty block of 2 MiB with a huge page of zeros, and split it; see above."""
+    # one page is there first, because the kernel does not collapse nothing
+    libc.madvise(address + offset, PAGE_SIZE, libc.MADV_POPULATE_WRITE)
+    if not _collapse(address + offset):
+        return
+    last = offset + HUGE_PAGE_SIZE - PAGE_SIZE
+    libc.punch_hole(fd, last, PAGE_SIZE)
+    if os.lseek(fd, last, os.SEEK_HOLE) != last:  # zeroed, but still one huge page
+        libc.punch_hole(fd, offset, HUGE_PAGE_SIZE)
 
 
-def lock(extent: ExtentMap, first_page: int = 0) -> None:
-    """Fill the holes from *first_page* on with zeros and lock the pages. Goes before the pin."""
-    offset = first_page * PAGE_SIZE
+def lock(extent: ExtentMap) -> None:
+    """Fill the holes with zeros and lock the pages. Goes before the pin."""
     try:
-        libc.mlock(extent.address + offset, extent.length - offset)
+        libc.mlock(extent.address, extent.length)
     except OSError as error:
         raise _translate(error, "mlock") from error
 

@@ -17,15 +17,11 @@ class ExtentPlan:
     """One extent of the store to be made.
 
     ``sources`` (dtype SPAN) are copied one after the other into pages 0, 1, ...; ``checksums``
-    (uint32, one per page) is what each copied page must have; ``huge`` asks for 2 MiB pages, and
-    then ``phase`` is the page number modulo 512 at which the first page must lie, so that target
-    and store are congruent.
+    (uint32, one per page) is what each copied page must have.
     """
 
     extent: int
     npages: int
-    huge: bool
-    phase: int
     sources: NDArray[np.void]
     checksums: NDArray[np.uint32]
 

@@ -20,7 +20,6 @@ def admit(
     session: Session,
     records: Iterable[tuple[int, int, int, int, int]],
     extent_inode: int,
-    huge: bool,
 ) -> tuple[list[stub.StubRecord], dict[int, Reason]]:
     """Re-check every record (as on the wire) against the maps of the stopped target.
 
@@ -29,7 +28,6 @@ def admit(
     admitted: list[stub.StubRecord] = []
     dropped: dict[int, Reason] = {}
     rseq = sorted(session.rseq_pages())
-    flags = stub.NOHUGEPAGE if huge else 0
     vma, prot = None, 0
     with VmaQuery(session.pid, session.tid) as query:
         for index, (op, start, length, offset, advice) in enumerate(records):
@@ -40,7 +38,7 @@ def admit(
             if reason is not None:
                 dropped[index] = reason
                 continue
-            admitted.append(stub.StubRecord(op, start, length, offset, 0, prot, flags | advice))
+            admitted.append(stub.StubRecord(op, start, length, offset, 0, prot, advice))
     return admitted, dropped
 
 

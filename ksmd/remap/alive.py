@@ -33,7 +33,7 @@ class AliveWord:
     """Owned by the thread that makes it; keep it for as long as the thread traces."""
 
     def __init__(self) -> None:
-        self._extent = memfd.create_extent("ksmd-alive", 1, False)
+        self._extent = memfd.create_extent("ksmd-alive", 1)
         word = ctypes.c_uint32.from_address(self._extent.address)
         self._node = _Node()
         self._head = _Head()

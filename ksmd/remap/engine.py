@@ -145,7 +145,6 @@ class Engine:
         contexts: TargetContexts | None,
         store: int = -1,
         *,
-        huge: bool = False,
         fail: tuple[int, int, int] = (0, 0, 0),
     ) -> WindowResult:
         """Carry out one stop window. *store* is the extent's read-only descriptor.
@@ -153,7 +152,7 @@ class Engine:
         Without *contexts* it can only unmerge, where nobody guards what is merged.
         """
         header = self._header("window", request.target, request.deadline_ms)
-        header |= {"inode": request.extent_inode, "huge": huge, "fail": fail}
+        header |= {"inode": request.extent_inode, "fail": fail}
         fds = [] if contexts is None else [contexts.track, contexts.guard]
         fds += [store] if store >= 0 else []
         records = request.records

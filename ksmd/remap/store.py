@@ -34,15 +34,13 @@ Sums = Callable[[memoryview], NDArray[np.uint32]]
 
 @dataclass(slots=True)
 class Extent:
-    """One extent. ``phase`` pages of the file lie unused before the first page (congruence).
+    """One extent.
 
     ``checksums``: uint32 per page; ``good``: whether the copy held what the plan expected.
     """
 
     number: int
     map: ExtentMap
-    phase: int
-    huge: bool
     checksums: NDArray[np.uint32]
     good: NDArray[np.bool_]
     token: int
@@ -50,19 +48,19 @@ class Extent:
     @property
     def npages(self) -> int:
         """Pages that hold content."""
-        return self.map.npages - self.phase
+        return self.map.npages
 
     def offset(self, index: int) -> int:
         """File offset of page *index*, in bytes."""
-        return (self.phase + index) << PAGE_SHIFT
+        return index << PAGE_SHIFT
 
     def index(self, offset: int) -> int:
-        """Page index at a file offset; negative in the unused part."""
-        return (offset >> PAGE_SHIFT) - self.phase
+        """Page index at a file offset."""
+        return offset >> PAGE_SHIFT
 
     def indexes(self, offsets: NDArray[np.uint64]) -> NDArray[np.int64]:
         """Do as :meth:`index` for many offsets."""
-        return (offsets >> np.uint64(PAGE_SHIFT)).astype(np.int64) - self.phase
+        return (offsets >> np.uint64(PAGE_SHIFT)).astype(np.int64)
 
     def view(self, index: int, npages: int) -> memoryview:
         """Some pages in our own mapping, which is read-only once the extent is made."""
@@ -100,27 +98,21 @@ class Store:
 
     def create(self, plan: ExtentPlan, copy: Copy) -> Extent:
         """Make, fill, lock and pin the extent of *plan*. KsmdError leaves nothing behind."""
-        total = plan.npages + plan.phase
         available = risks.mem_available()
-        if total * PAGE_SIZE + MEMORY_RESERVE > available:
+        if plan.npages * PAGE_SIZE + MEMORY_RESERVE > available:
             raise KsmdError(
                 f"the store cannot grow by {plan.npages} pages: {available >> 20} MiB are available"
             )
-        made = memfd.create_extent(f"ksmd-{self.domain}"[:200], total, plan.huge)
+        made = memfd.create_extent(f"ksmd-{self.domain}"[:200], plan.npages)
         try:
-            if plan.huge:
-                memfd.populate_huge(made, plan.phase)
             good = self._fill(made, plan, copy)
-            memfd.lock(made, plan.phase)
-            start = made.address + (plan.phase << PAGE_SHIFT)
-            token = self.ring.pin(start, plan.npages << PAGE_SHIFT)
+            memfd.lock(made)
+            token = self.ring.pin(made.address, made.length)
             libc.mprotect(made.address, made.length, libc.PROT_READ)  # a stray store faults here
         except BaseException:
             memfd.release(made)
             raise
-        extent = Extent(
-            plan.extent, made, plan.phase, plan.huge, plan.checksums.copy(), good, token
-        )
+        extent = Extent(plan.extent, made, plan.checksums.copy(), good, token)
         try:
             self.keeper.keep(extent)
         except BaseException:
@@ -129,18 +121,17 @@ class Store:
         self.extents[plan.extent] = extent
         return extent
 
-    def adopt(self, number: int, made: ExtentMap, phase: int, huge: bool, token: int) -> Extent:
+    def adopt(self, number: int, made: ExtentMap, token: int) -> Extent:
         """Take in an extent of an earlier daemon; *token* is its pin.
 
         Nothing of it is shared further until its ``checksums`` and ``good`` have been set.
         """
-        npages = made.npages - phase
-        none = np.zeros(npages, np.uint32), np.zeros(npages, np.bool_)
-        extent = self.extents[number] = Extent(number, made, phase, huge, *none, token)
+        none = np.zeros(made.npages, np.uint32), np.zeros(made.npages, np.bool_)
+        extent = self.extents[number] = Extent(number, made, *none, token)
         return extent
 
     def _fill(self, made: ExtentMap, plan: ExtentPlan, copy: Copy) -> NDArray[np.bool_]:
-        view = libc.view(made.address + (plan.phase << PAGE_SHIFT), plan.npages << PAGE_SHIFT)
+        view = libc.view(made.address, made.length)
         at = 0
         for source in plan.sources:
             length = int(source["npages"]) << PAGE_SHIFT

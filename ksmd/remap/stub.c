@@ -49,7 +49,7 @@ enum { EAGAIN = 11, ENOMEM = 12, EEXIST = 17, EINVAL = 22, EMFILE = 24, ENODATA 
 enum { PROT_NONE = 0, PROT_READ = 1, PROT_RW = 3 };
 enum { MAP_SHARED = 1, MAP_PRIVATE = 2, MAP_FIXED = 0x10, MAP_ANON_NORESERVE = 0x4022 };
 enum { MREMAP_MAYMOVE = 1, MREMAP_FIXED = 2, MREMAP_DONTUNMAP = 4 };
-enum { MADV_DONTFORK = 10, MADV_NOHUGEPAGE = 15, MADV_DONTDUMP = 16, MADV_COLD = 20,
+enum { MADV_DONTFORK = 10, MADV_DONTDUMP = 16, MADV_COLD = 20,
        MADV_POPULATE_READ = 22, MADV_GUARD_INSTALL = 102 };
 enum { MODE_MISSING = 1, MODE_MINOR = 4, CONTINUE_DONTWAKE = 1, MOVE_ALLOW_HOLES = 2 };
 enum { AF_UNIX = 1, SOCK_DGRAM_CLOEXEC = 0x80002, RECV_FLAGS = 0x40000040, MSG_CTRUNC = 8 };
@@ -71,7 +71,7 @@ enum { O_CLOEXEC_NONBLOCK = 02004000, RLIMIT_NOFILE = 7 };
 
 enum { MODE_WINDOW = 0, MODE_SETUP = 1 };
 enum { OP_MERGE = 0, OP_ZERO = 1, OP_UNMERGE = 2, OP_REMERGE = 3 };
-enum { REC_NOHUGEPAGE = 1, REC_DONTFORK = 2, REC_DONTDUMP = 4 };
+enum { REC_DONTFORK = 2, REC_DONTDUMP = 4 };
 /* stages a record reaches; +100: undone, +200: the undo failed */
 enum { ST_NONE, ST_REGISTERED, ST_ASIDE, ST_EQUAL, ST_MAPPED, ST_FILLED, ST_GUARDED, ST_DONE };
 enum { UNDONE = 100, STUCK = 200 };
@@ -266,8 +266,6 @@ static void undone(struct header *h, struct record *r, int home, i64 why)
 static i64 fill_and_guard(struct header *h, struct record *r)
 {
     i64 ret;
-    if (r->flags & REC_NOHUGEPAGE)
-        call3(SYS_madvise, r->start, r->length, MADV_NOHUGEPAGE);
     ret = inject(h, ST_FILLED, 0);
     if (!ret)
         ret = call3(SYS_madvise, r->start, r->length, MADV_POPULATE_READ);

@@ -25,9 +25,6 @@ COMPILE: Final = (
 
 MODE_WINDOW: Final = 0
 MODE_SETUP: Final = 1
-#: A flag of a record; the others are :class:`ksmd.model.window.Advice`.
-NOHUGEPAGE: Final = 1
-
 STAGE_DONE: Final = 7
 UNDONE: Final = 100
 STUCK: Final = 200
@@ -53,7 +50,10 @@ SYSTEM_CALLS: Final = (3, 9, 10, 11, 15, 16, 17, 25, 27, 28, 39, 41, 47, 186, 23
 
 @dataclass(slots=True)
 class StubRecord:
-    """One record in the stub's terms; bytes everywhere. ``aside`` is its place in quarantine."""
+    """One record in the stub's terms; bytes everywhere.
+
+    ``aside`` is its place in quarantine, ``flags`` are :class:`ksmd.model.window.Advice`.
+    """
 
     op: int
     start: int

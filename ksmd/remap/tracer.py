@@ -153,7 +153,7 @@ class Tracer:
         records = list(wire.unpack_records(payload))
         if any(record[0] >= Op.UNMERGE for record in records):
             _refuse_pins(session.pid)
-        admitted, dropped = admit(session, records, header["inode"], header["huge"])
+        admitted, dropped = admit(session, records, header["inode"])
         outcome = Outcome(threads=len(session.stopped.threads))
         if admitted:
             contexts = Contexts(self._alive.fd, *fds)

@@ -89,7 +89,7 @@ class Lab:
 
     def extent(self, content: bytes) -> memfd.ExtentMap:
         """Make an extent: filled, then locked, then pinned."""
-        extent = memfd.create_extent("ksmd-lab", len(content) // PAGE_SIZE, huge=False)
+        extent = memfd.create_extent("ksmd-lab", len(content) // PAGE_SIZE)
         self._extents.append(extent)
         libc.view(extent.address, extent.length)[:] = content
         memfd.lock(extent)

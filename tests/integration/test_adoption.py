@@ -43,7 +43,7 @@ def pager(name: str) -> Iterator[Pager]:
 
 @pytest.fixture
 def extent() -> Iterator[memfd.ExtentMap]:
-    extent = memfd.create_extent("ksmd-test-adopt", PAGES, huge=False)
+    extent = memfd.create_extent("ksmd-test-adopt", PAGES)
     libc.view(extent.address, extent.length)[:] = b"k" * extent.length
     memfd.lock(extent)
     yield extent
@@ -159,7 +159,7 @@ def test_everything_said_of_targets_and_extents_comes_back(
         (kept,) = heir.kept
         assert (kept.inode, kept.offset, kept.length) == (extent.inode, 4 << 12, 60 << 12)
         assert kept.about == label
-        again = memfd.map_existing(kept.fd, PAGES, huge=False)
+        again = memfd.map_existing(kept.fd, PAGES)
         assert bytes(libc.view(again.address, again.length)) == b"k" * extent.length
         assert again.inode == extent.inode
         memfd.release(again)
@@ -308,17 +308,17 @@ def test_what_is_not_sealed_is_no_extent() -> None:
     fd = os.memfd_create("ksmd-test", os.MFD_ALLOW_SEALING)
     os.ftruncate(fd, memfd.FILE_SIZE)
     with pytest.raises(KsmdError, match="is none"):
-        memfd.map_existing(fd, 1, huge=False)
+        memfd.map_existing(fd, 1)
     os.close(fd)
     reader, writer = os.pipe()
     with pytest.raises(KsmdError):
-        memfd.map_existing(reader, 1, huge=False)
+        memfd.map_existing(reader, 1)
     for fd in (reader, writer):
         os.close(fd)
 
 
 def test_an_adopted_extent_cannot_be_written_by_us_either(extent: memfd.ExtentMap) -> None:
-    again = memfd.map_existing(os.dup(extent.fd_ro), PAGES, huge=True)
+    again = memfd.map_existing(os.dup(extent.fd_ro), PAGES)
     assert again.address % (2 << 20) == 0
     with pytest.raises(PermissionError):
         libc.mprotect(again.address, again.length, libc.PROT_READ | libc.PROT_WRITE)

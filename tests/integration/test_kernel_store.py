@@ -1,20 +1,24 @@
-"""The store's memory: sealed for all but its owner, huge where asked, pinned against collapse."""
+"""The store's memory: sealed for all but its owner, in large folios, pinned against collapse."""
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import itertools
 import mmap
 import os
+import struct
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from kernel_victims import Victim, open_fds
 
 from ksmd.kernel import iouring, libc, memfd, procfs
 from ksmd.kernel.memfd import ExtentMap
+from ksmd.kernel.pagemap import PageMap, pfn
 from ksmd.model.errors import KernelFeatureError, KsmdError, PrivilegeError
-from ksmd.model.units import HUGE_PAGE_PAGES, HUGE_PAGE_SIZE, PAGE_SIZE
+from ksmd.model.units import HUGE_PAGE_PAGES, HUGE_PAGE_SIZE, PAGE_SHIFT, PAGE_SIZE
 
 pytestmark = pytest.mark.root
 
@@ -24,7 +28,15 @@ FALLOC_FL_KEEP_SIZE_PUNCH_HOLE = 3
 
 @pytest.fixture
 def extent() -> Iterator[ExtentMap]:
-    made = memfd.create_extent("ksmd-test", HUGE_PAGE_PAGES, huge=True)
+    made = memfd.create_extent("ksmd-test", HUGE_PAGE_PAGES)
+    yield made
+    memfd.release(made)
+
+
+@pytest.fixture
+def singles() -> Iterator[ExtentMap]:
+    """An extent below 2 MiB: its pages count one by one."""
+    made = memfd.create_extent("ksmd-test", HUGE_PAGE_PAGES - 1)
     yield made
     memfd.release(made)
 
@@ -154,22 +166,54 @@ def test_release_gives_back_mapping_descriptor_and_address_space() -> None:
     def held() -> tuple[int, int]:
         return len(open_fds()), len(procfs.maps(os.getpid()))
 
-    memfd.release(memfd.create_extent("ksmd-test", 3, huge=False))  # first imports, arenas
+    memfd.release(memfd.create_extent("ksmd-test", 3))  # first imports, arenas
     before = held()
-    for npages, huge in ((1, False), (HUGE_PAGE_PAGES + 3, True)):
-        memfd.release(memfd.create_extent("ksmd-test", npages, huge))
+    for npages in (1, HUGE_PAGE_PAGES + 3):
+        memfd.release(memfd.create_extent("ksmd-test", npages))
     assert held() == before
 
 
-def test_a_huge_extent_is_made_of_huge_pages_of_zeros() -> None:
-    extent = memfd.create_extent("ksmd-test", 4 * HUGE_PAGE_PAGES + 7, huge=True)
+def _folios(extent: ExtentMap, npages: int) -> list[int]:
+    """Give the sizes, in pages, of the folios that back an extent of ours."""
+    with PageMap(os.getpid()) as pagemap:
+        frames = pfn(pagemap.entries(extent.address >> PAGE_SHIFT, npages)).tolist()
+    with Path("/proc/kpageflags").open("rb", buffering=0) as file:
+        flags = [struct.unpack("=Q", os.pread(file.fileno(), 8, frame * 8))[0] for frame in frames]
+    heads = [page for page, flag in enumerate(flags) if not flag >> 16 & 1]  # not a tail
+    return [end - start for start, end in itertools.pairwise([*heads, npages])]
+
+
+def test_an_extent_is_made_of_large_folios_of_zeros_and_never_of_huge_pages() -> None:
+    extent = memfd.create_extent("ksmd-test", 4 * HUGE_PAGE_PAGES + 7)
     try:
-        assert memfd.populate_huge(extent) == 4
         memfd.lock(extent)
         fields = _own_smaps(extent)
-        assert fields["ShmemPmdMapped"] == f"{4 * 2048} kB"
+        assert fields["ShmemPmdMapped"] == "0 kB"
         assert fields["Rss"] == fields["Locked"] == f"{4 * 2048 + 28} kB"
         assert not any(os.pread(extent.fd_ro, extent.length, 0))
+        folios = _folios(extent, extent.npages)
+        assert max(folios) < HUGE_PAGE_PAGES
+        assert max(folios) >= 16, "huge pages are split into single pages: slower, and no error"
+        assert folios[-7:] == [1] * 7
+    finally:
+        memfd.release(extent)
+
+
+def test_where_a_huge_page_cannot_be_split_the_block_is_made_of_single_pages(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    punch = libc.punch_hole
+
+    def only_whole_blocks(fd: int, offset: int, length: int) -> None:
+        if length == HUGE_PAGE_SIZE:
+            punch(fd, offset, length)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(libc, "punch_hole", only_whole_blocks)
+        extent = memfd.create_extent("ksmd-test", 2 * HUGE_PAGE_PAGES)
+    try:
+        memfd.lock(extent)
+        assert _folios(extent, extent.npages) == [1] * extent.npages
     finally:
         memfd.release(extent)
 
@@ -177,7 +221,7 @@ def test_a_huge_extent_is_made_of_huge_pages_of_zeros() -> None:
 @pytest.mark.parametrize("npages", [0, -1, (1 << 28) + 1])
 def test_impossible_sizes_are_refused(npages: int) -> None:
     with pytest.raises(ValueError, match="pages"):
-        memfd.create_extent("ksmd-test", npages, huge=False)
+        memfd.create_extent("ksmd-test", npages)
 
 
 @pytest.mark.parametrize(
@@ -200,7 +244,7 @@ def test_a_failed_step_says_what_to_do_and_leaves_nothing_behind(
     with monkeypatch.context() as patch:
         patch.setattr(memfd.os, step, fail)
         with pytest.raises(kind) as caught:
-            memfd.create_extent("ksmd-test", HUGE_PAGE_PAGES, huge=True)
+            memfd.create_extent("ksmd-test", HUGE_PAGE_PAGES)
     assert type(caught.value) is kind
     assert caught.value.hint
     assert open_fds() == fds
@@ -210,12 +254,12 @@ def test_a_failed_step_says_what_to_do_and_leaves_nothing_behind(
 # ---------------------------------------------------------------- pins
 
 
-def test_a_pin_counts_in_vmpin_until_it_is_taken_off(extent: ExtentMap) -> None:
+def test_a_pin_counts_in_vmpin_until_it_is_taken_off(singles: ExtentMap) -> None:
     before = _status_kib("VmPin")
     with iouring.PinRing() as ring:
-        first = ring.pin(extent.address, extent.length)
-        second = ring.pin(extent.address, PAGE_SIZE)
-        assert _status_kib("VmPin") == before + 2048 + 4
+        first = ring.pin(singles.address, singles.length)
+        second = ring.pin(singles.address, PAGE_SIZE)
+        assert _status_kib("VmPin") == before + 2044 + 4
         ring.unpin(first)
         assert _status_kib("VmPin") == before + 4
         ring.unpin(second)
@@ -225,18 +269,18 @@ def test_a_pin_counts_in_vmpin_until_it_is_taken_off(extent: ExtentMap) -> None:
 
 
 def test_more_pins_than_a_ring_has_slots_take_another_ring(
-    extent: ExtentMap, monkeypatch: pytest.MonkeyPatch
+    singles: ExtentMap, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(iouring, "SLOTS", 4)
     monkeypatch.setattr(iouring, "BUFFER_MAX", 16 * PAGE_SIZE)
     before = _status_kib("VmPin")
     fds = len(open_fds())
     with iouring.PinRing() as ring:
-        token = ring.pin(extent.address, 10 * 16 * PAGE_SIZE + PAGE_SIZE)  # 11 slots: 3 rings
+        token = ring.pin(singles.address, 10 * 16 * PAGE_SIZE + PAGE_SIZE)  # 11 slots: 3 rings
         assert len(open_fds()) == fds + 3
         assert _status_kib("VmPin") == before + 161 * 4
         ring.unpin(token)
-        ring.unpin(ring.pin(extent.address, 12 * 16 * PAGE_SIZE))
+        ring.unpin(ring.pin(singles.address, 12 * 16 * PAGE_SIZE))
         assert len(open_fds()) == fds + 3, "slots were not used again"
     assert len(open_fds()) == fds
 

@@ -44,7 +44,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def store() -> Iterator[memfd.ExtentMap]:
     """An extent as in life: filled, sealed, locked and pinned."""
-    extent = memfd.create_extent("ksmd-test-pager", PAGES, huge=False)
+    extent = memfd.create_extent("ksmd-test-pager", PAGES)
     content = libc.view(extent.address, extent.length)
     for page in range(PAGES):
         word = (0xA5A5_0000_0000_0000 | page).to_bytes(8, "little")

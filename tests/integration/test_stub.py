@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ksmd.model.window import Op
+from ksmd.model.window import Advice, Op
 from ksmd.remap import stub
 
 SOURCE = files("ksmd.remap").joinpath("stub.c").read_text()
@@ -124,7 +124,7 @@ def test_header_fields_keep_their_sign() -> None:
 def test_python_packs_records_as_the_compiler_reads_them(built: Path) -> None:
     offsets = _offsets(built)["record"]
     assert offsets.pop("sizeof") == stub.RECORD.size
-    packed = stub.StubRecord(Op.REMERGE, 0x11, 0x22, 0x33, 0x44, prot=5, flags=stub.NOHUGEPAGE)
+    packed = stub.StubRecord(Op.REMERGE, 0x11, 0x22, 0x33, 0x44, prot=5, flags=Advice.DONTFORK)
     data = packed.pack()
     expected = {
         "start": 0x11, "length": 0x22, "offset": 0x33, "aside": 0x44,
@@ -140,7 +140,6 @@ def test_python_packs_records_as_the_compiler_reads_them(built: Path) -> None:
 def test_stages_and_operations_have_the_numbers_of_the_source() -> None:
     numbers = dict(re.findall(r"\b(OP_\w+|REC_\w+|UNDONE|STUCK|MODE_SETUP) = (\d+)", SOURCE))
     assert {op: int(numbers[f"OP_{op.name}"]) for op in Op} == {op: op.value for op in Op}
-    assert int(numbers["REC_NOHUGEPAGE"]) == stub.NOHUGEPAGE
     assert int(numbers["MODE_SETUP"]) == stub.MODE_SETUP
     assert (int(numbers["UNDONE"]), int(numbers["STUCK"])) == (stub.UNDONE, stub.STUCK)
     stages = re.search(r"enum \{ (ST_NONE[^}]*) \}", SOURCE)

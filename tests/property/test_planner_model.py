@@ -16,7 +16,6 @@ from ksmd.core.planner import PlanLimits, make_plan
 from ksmd.core.tables import Members
 from ksmd.model.refusal import Reason
 from ksmd.model.tables import RUN
-from ksmd.model.units import HUGE_PAGE_PAGES
 
 ZERO = 3
 UNBOUNDED = dict.fromkeys(range(4), 1 << 40)
@@ -47,9 +46,7 @@ def worlds(draw):
     kind = st.integers(0, 11).filter(lambda checksum: checksum != ZERO)
     store = {extent << 32 | index: draw(kind) for extent, index in pages}
     limits = PlanLimits(
-        huge_pages=draw(st.integers(1, 8)),
-        max_extent_pages=draw(st.integers(1, 16)),
-        packed_extent_pages=draw(st.integers(1, 8)),
+        extent_pages=draw(st.integers(1, 8)),
         vma_bytes=draw(st.sampled_from([0, 300, 1500, 3000, 9000])),
     )
     return places, store, merged, limits
@@ -95,13 +92,7 @@ def new_store_pages(plan, places, limits):
             for i in range(int(span["npages"]))
         ]
         assert len(copied) == extent.npages == extent.checksums.size > 0
-        if extent.huge:
-            assert len(extent.sources) == 1
-            assert limits.huge_pages <= extent.npages <= limits.max_extent_pages
-            assert extent.phase == copied[0][1] % HUGE_PAGE_PAGES
-        else:
-            assert extent.npages <= limits.packed_extent_pages
-            assert extent.phase == 0
+        assert extent.npages <= limits.extent_pages
         for index, source in enumerate(copied):
             place = extent.extent << 32 | index
             assert place not in checksums
@@ -191,7 +182,7 @@ def test_a_plan_keeps_every_rule_whatever_the_budgets(rounds, world, room):
 @settings(deadline=None, max_examples=300)
 def test_without_budgets_a_plan_saves_all_that_can_be_saved(world):
     places, store, merged, _ = world
-    world = (places, store, merged, PlanLimits(2, 4, 3, vma_bytes=0))
+    world = (places, store, merged, PlanLimits(3, vma_bytes=0))
     plan = plan_of(world, UNBOUNDED)
     check(world, UNBOUNDED, plan)
     groups = defaultdict(int)

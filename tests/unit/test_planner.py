@@ -51,7 +51,7 @@ def spans(column):
 def test_two_equal_arrays_become_one_extent_and_two_runs():
     plan = plan_of([*array(0, 100, range(200, 220)), *array(3, 777, range(200, 220))])
     (extent,) = plan.extents
-    assert (extent.extent, extent.npages, extent.huge, extent.phase) == (1, 20, False, 0)
+    assert (extent.extent, extent.npages) == (1, 20)
     assert spans(extent.sources) == [(0, 20, 100)]
     assert extent.checksums.tolist() == list(range(200, 220))
     assert sorted(runs(plan)) == [(0, 20, 100, 1, 0), (3, 20, 777, 1, 0)]
@@ -136,39 +136,9 @@ def test_neighbours_do_not_reach_across_targets():
     assert sorted(runs(plan)) == [(0, 1, 10, 1, 40), (1, 1, 11, 2, 0)]
 
 
-def test_long_source_runs_get_huge_extents_congruent_with_their_source():
-    long, short = list(range(1000, 1600)), list(range(3000, 3010))
-    first = (0x7F00_0000_0000 >> 12) + 100
-    sites = [*array(0, 7, short), *array(0, first, long)]
-    plan = plan_of([*sites, *array(1, 7, short), *array(1, first, long)])
-    huge, packed = plan.extents
-    assert (huge.huge, huge.npages, huge.phase) == (True, 600, first % 512)
-    assert spans(huge.sources) == [(0, 600, first)]
-    assert (packed.huge, packed.npages, packed.phase) == (False, 10, 0)
-    assert packed.checksums.tolist() == short
-
-
-def test_an_extent_ends_where_its_size_is_reached_at_a_2_mib_border():
-    sums = list(range(1000, 1000 + 2600))
-    plan = plan_of([*array(0, 612, sums), *array(1, 0, sums)], max_extent_pages=1024)
-    shapes = [(e.huge, e.npages, e.phase, spans(e.sources)) for e in plan.extents]
-    assert shapes == [
-        (True, 924, 100, [(0, 924, 612)]),
-        (True, 1024, 0, [(0, 1024, 1536)]),
-        (True, 652, 0, [(0, 652, 2560)]),
-    ]
-    assert [e.extent for e in plan.extents] == [1, 2, 3]
-
-
-def test_the_cut_off_end_of_a_long_run_is_packed_with_the_rest():
-    sums = list(range(1000, 1000 + 1030))
-    plan = plan_of([*array(0, 512, sums), *array(1, 0, sums)], max_extent_pages=1024)
-    assert [(e.huge, e.npages) for e in plan.extents] == [(True, 1024), (False, 6)]
-
-
-def test_packed_extents_are_cut_at_their_size_and_numbered_from_the_next_id():
+def test_extents_are_cut_at_their_size_and_numbered_from_the_next_id():
     sums = list(range(200, 225))
-    plan = plan_of([*array(0, 0, sums), *array(1, 0, sums)], packed_extent_pages=10, next_extent=40)
+    plan = plan_of([*array(0, 0, sums), *array(1, 0, sums)], extent_pages=10, next_extent=40)
     assert [(e.extent, e.npages) for e in plan.extents] == [(40, 10), (41, 10), (42, 5)]
     assert sorted(runs(plan))[:3] == [(0, 5, 20, 42, 0), (0, 10, 0, 40, 0), (0, 10, 10, 41, 0)]
     assert plan.cost_bytes == VMA * 2 * (2 + 1 + 1)
@@ -226,13 +196,13 @@ def test_describe_tells_the_plan_in_lines_that_fit():
     assert all(len(line) <= 100 for line in lines)
     text = "\n".join(lines)
     assert "merge 2,400 pages in 2 runs, drop 1 zero pages" in text
-    assert "store 1,200 new pages in 1 extents, 1,200 of them huge" in text
+    assert "store 1,200 new pages in 1 extents" in text
     assert "save 4.7 MiB" in text
     assert "inference" in text
     assert "refuse 1 pages: vma-budget" in text
     assert describe(plan_of([]), {}) == [
         "merge 0 pages in 0 runs, drop 0 zero pages",
-        "store 0 new pages in 0 extents, 0 of them huge",
+        "store 0 new pages in 0 extents",
         "save 0.0 MiB at a cost of 0.0 MiB of VMAs",
     ]
 
@@ -258,7 +228,7 @@ def test_columns_out_of_order_are_refused():
     with pytest.raises(ValueError, match="store pages"):
         make_plan(Members(), store_checksums=two, store_pages=empty64, **rest)
     with pytest.raises(ValueError, match="at least one page"):
-        PlanLimits(packed_extent_pages=0)
+        PlanLimits(extent_pages=0)
     with pytest.raises(ValueError, match="extent ids"):
         plan_of([(0, 1, 5), (1, 1, 5)], next_extent=1 << 32)
     with pytest.raises(ValueError, match="too large"):

@@ -41,7 +41,7 @@ def test_every_page_of_a_run_that_lies_in_an_area_comes_once_at_its_place_and_no
             7,
             1000 + first,
         )
-    records = merge_records(table, 3, where[::-1] if backwards else where, 8)
+    records = merge_records(table, where[::-1] if backwards else where, 8)
     places: dict[int, int] = {}
     for batch in windows_of(records, 4, 8):
         assert 0 < len(batch) <= 4
@@ -58,7 +58,7 @@ def test_every_page_of_a_run_that_lies_in_an_area_comes_once_at_its_place_and_no
         assert len(pages_of(batch)) == batch["length"].sum() // PAGE
     wanted = {p for first, end in ranges(runs) for p in range(first, end)}
     allowed = {p for a in where for p in range(a.start // PAGE, a.end // PAGE)}
-    assert places == {page: 1000 + page + 3 for page in wanted & allowed}
+    assert places == {page: 1000 + page for page in wanted & allowed}
 
 
 @given(areas=STEPS, zeros=STEPS)

@@ -1,0 +1,88 @@
+"""What is known of a plan's records before anybody is stopped for them: the digests of their heads.
+
+A matching checksum makes a candidate. Here candidates that cannot be equal any more, or that have
+nobody to share with, fall out; what is left is compared byte for byte in the stop window.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ksmd.core.digest import HEAD_SIZE, sampled
+from ksmd.core.windows import Records
+from ksmd.daemon.state import Domain, Target
+from ksmd.model.refusal import Reason
+from ksmd.model.units import PAGE_SHIFT
+from ksmd.model.vma import Area
+from ksmd.remap.store import Extent
+
+#: A target, its areas as they were planned with, and what it is to map of one extent.
+User = tuple[Target, list[Area], Records]
+
+
+def confirmed(
+    domain: Domain, target: Target, extent: Extent, records: Records, refused: Counter[Reason]
+) -> Records:
+    """Keep records whose store pages are sound and whose digests match, before any stop."""
+    counts = (records["length"] >> np.uint64(PAGE_SHIFT)).astype(np.int64)
+    first = extent.indexes(records["offset"])
+    bad = np.concatenate(([0], np.cumsum(~extent.good)))
+    sound = bad[first + counts] == bad[first]
+    refused[Reason.CHANGED] += int(counts[~sound].sum())
+    records, counts = records[sound], counts[sound]
+    samples = [sampled(count) for count in counts.tolist()]
+    starts = records["start"].tolist()
+    pieces = [
+        (start + (page << PAGE_SHIFT), HEAD_SIZE)
+        for start, sample in zip(starts, samples, strict=True)
+        for page in sample
+    ]
+    heads = memoryview(bytearray(len(pieces) * HEAD_SIZE))
+    target.memory.gather_exclusive(pieces, heads)  # what is missing stays zero, and differs
+    same = np.zeros(len(records), np.bool_)
+    at = 0
+    for number, (index, sample) in enumerate(zip(first[sound].tolist(), samples, strict=True)):
+        end = at + len(sample) * HEAD_SIZE
+        digest = _digest(domain, extent, index, int(counts[number]))
+        same[number] = domain.digest.of_heads(heads[at:end]) == digest
+        at = end
+    refused[Reason.DIGEST] += int(counts[~same].sum())
+    return records[same]
+
+
+def without_lonely(users: list[User], extent: Extent, refused: Counter[Reason]) -> list[User]:
+    """Drop records of which no page has a second user now.
+
+    That is what is left of two contents with one checksum: nobody is stopped for that.
+    """
+    steps = np.zeros(extent.npages + 1, np.int64)
+    for _, _, records in users:
+        first, end = _places(extent, records)
+        np.add.at(steps, first, 1)
+        np.add.at(steps, end, -1)
+    shared = np.concatenate(([0], np.cumsum(np.cumsum(steps[:-1]) > 1)))
+    kept = []
+    for target, areas, records in users:
+        first, end = _places(extent, records)
+        lonely = shared[end] == shared[first]
+        refused[Reason.DIGEST] += int((end - first)[lonely].sum())
+        kept.append((target, areas, records[~lonely]))
+    return kept
+
+
+def _places(extent: Extent, records: Records) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    first = extent.indexes(records["offset"])
+    return first, first + (records["length"] >> np.uint64(PAGE_SHIFT)).astype(np.int64)
+
+
+def _digest(domain: Domain, extent: Extent, first: int, npages: int) -> bytes:
+    """Give the digest of a run of store pages, from the cache or anew."""
+    page = extent.number << 32 | first
+    digest = domain.sha1_cache.get(page, npages)
+    if digest is None:
+        digest = domain.digest.of_pages(extent.view(first, npages))
+        domain.sha1_cache.put(page, npages, digest)
+    return digest
