@@ -94,7 +94,7 @@ class Accounting:
             unused = [e for e in domain.store.extents.values() if e.map.inode not in used]
             if not unused:
                 continue
-            if self._pager.unsettled or self._pager.stats()["children"]:
+            if self._pager.unsettled or self._pager.living_children():
                 self.owes_memory = True
                 continue
             for extent in unused:

@@ -364,6 +364,10 @@ class Pager:
             held.close()
         self._ask({"do": "drop", "id": target})
 
+    def living_children(self) -> int:
+        """Count the children of all targets that live and may map the store."""
+        return int(self._ask({"do": "sweep"})["children"])
+
     def stats(self) -> dict[str, int]:
         """Give the pager's counters."""
         answer = self._ask({"do": "stats"})

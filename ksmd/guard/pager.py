@@ -17,6 +17,7 @@ Messages (``do``), each answered with {"ok": true, ...} or {"ok": false, "error"
 ``drop``      {id}: the target is gone or has nothing merged. Its children stay guarded.
 ``children``  {id} -> {children}: living contexts that descend from the target.
 ``stats``     -> the counters.
+``sweep``     -> {children}: let contexts of dead children go; how many live, of all targets.
 ``keep``      {offset, length, about?} + 1 fd: map and lock this part of an extent (see keeper.py).
 ``release``   {inode}: that extent has no user any more.
 ``rings``     {pid, rings}: hold these io_uring descriptors [name, fd] of the daemon, with their
@@ -246,6 +247,9 @@ class Pager:
                 return {"children": self._watch.children(header["id"])}
             case "stats":
                 return self._stats()
+            case "sweep":
+                self._watch.sweep()
+                return {"children": self._watch.live - self._watch.contexts}
             case "keep" | "release" | "rings" | "secret" as verb:
                 self._keep(verb, header, fds)
             case "hand-over":
@@ -302,8 +306,6 @@ class Pager:
 
     def _stats(self) -> dict[str, int]:
         watch, count = self._watch, self._watch.count
-        if watch.live > watch.contexts:
-            watch.sweep()  # who asks whether there are children means living ones
         return {
             "contexts": watch.contexts,
             "children": watch.live - watch.contexts,

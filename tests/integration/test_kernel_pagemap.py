@@ -126,7 +126,7 @@ def test_the_huge_zero_page_is_not_offered(way: str) -> None:
 
 
 def test_merged_pages_are_shared_until_they_are_written(way: str) -> None:
-    extent = memfd.create_extent("ksmd-test", 1024, huge=False)
+    extent = memfd.create_extent("ksmd-test", 1024)
     try:
         libc.view(extent.address, extent.length)[:] = b"s" * extent.length
         script = f"at = map(1024 * PAGE, flags=2, fd={extent.fd_ro}); touch(at, 1000)\n"
