@@ -18,6 +18,7 @@ from ksmd.core.spans import NEAR_PAGES, Spans
 from ksmd.daemon.state import Mapping, Target
 from ksmd.daemon.targets import Targets
 from ksmd.guard.client import Pager
+from ksmd.kernel import procfs
 from ksmd.kernel.pagemap import PageMap
 from ksmd.model.errors import TargetGoneError
 from ksmd.model.units import PAGE_SHIFT
@@ -68,6 +69,7 @@ class Accounting:
         self._ledger.cow_breaks += newly
         target.broken = broken
         target.zero_pages = self._zero_pages(target)
+        target.anonymous = procfs.anonymous_pages(target.pid)
 
     def _zero_pages(self, target: Target) -> int:
         """Pages that we made zero and that nothing was written to since."""

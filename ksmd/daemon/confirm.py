@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ksmd.core.digest import HEAD_SIZE, sampled
-from ksmd.core.windows import Records
+from ksmd.core.windows import Records, pages_of
 from ksmd.daemon.state import Domain, Target
 from ksmd.model.refusal import Reason
 from ksmd.model.units import PAGE_SHIFT
@@ -32,7 +32,10 @@ def confirmed(
     bad = np.concatenate(([0], np.cumsum(~extent.good)))
     sound = bad[first + counts] == bad[first]
     refused[Reason.CHANGED] += int(counts[~sound].sum())
-    records, counts = records[sound], counts[sound]
+    records, counts, first = records[sound], counts[sound], first[sound]
+    own = _own(target, records)
+    refused[Reason.FORK_SHARED] += int(counts[~own].sum())
+    records, counts, first = records[own], counts[own], first[own]
     samples = [sampled(count) for count in counts.tolist()]
     starts = records["start"].tolist()
     pieces = [
@@ -44,13 +47,29 @@ def confirmed(
     target.memory.gather_exclusive(pieces, heads)  # what is missing stays zero, and differs
     same = np.zeros(len(records), np.bool_)
     at = 0
-    for number, (index, sample) in enumerate(zip(first[sound].tolist(), samples, strict=True)):
+    for number, (index, sample) in enumerate(zip(first.tolist(), samples, strict=True)):
         end = at + len(sample) * HEAD_SIZE
         digest = _digest(domain, extent, index, int(counts[number]))
         same[number] = domain.digest.of_heads(heads[at:end]) == digest
         at = end
     refused[Reason.DIGEST] += int(counts[~same].sum())
     return records[same]
+
+
+def _own(target: Target, records: Records) -> NDArray[np.bool_]:
+    """Tell of which records every page is still the target's alone.
+
+    Reading any other would take the sharing away (kernel/memory.py), and none could be merged.
+    """
+    if not len(records):
+        return np.empty(0, np.bool_)
+    order = np.argsort(records["start"])
+    pages = pages_of(records[order])
+    shared = np.concatenate(([0], np.cumsum(~target.pagemap.exclusive_of(pages))))
+    ends = np.cumsum(records["length"][order] >> np.uint64(PAGE_SHIFT)).astype(np.int64)
+    own = np.empty(len(records), np.bool_)
+    own[order] = shared[ends] == shared[np.concatenate(([0], ends[:-1]))]
+    return own
 
 
 def without_lonely(users: list[User], extent: Extent, refused: Counter[Reason]) -> list[User]:

@@ -25,9 +25,13 @@ from ksmd.model.errors import KsmdError
 
 log = logging.getLogger(__name__)
 
-#: Pauses between background scans: short while there is work, long when all is settled.
+#: Pauses between background scans: short while there is work, then twice as long after each pass
+#: that found nothing to do. Every so often a look, much cheaper than a pass, tells whether anything
+#: has stirred; if so the pause ends.
 _BUSY_PAUSE_SECS = 1.0
 _IDLE_PAUSE_SECS = 20.0
+_LONGEST_PAUSE_SECS = 640.0
+_LOOK_SECS = 20.0
 _HOUSEKEEPING_SECS = 1.0
 
 Step = float | Any
@@ -51,7 +55,8 @@ class Loop:
     service manager's watchdog.
 
     *background* yields floats, the seconds to wait, and ends with a pass; *settled* tells whether
-    that pass left anything to do, and so how soon the next one comes.
+    that pass left anything to do, and so how soon the next one comes; *stirred* whether there is
+    reason for one before its time.
     """
 
     def __init__(
@@ -59,12 +64,16 @@ class Loop:
         background: Callable[[], Iterator[float]],
         background_allowed: Callable[[], bool],
         settled: Callable[[], bool],
+        stirred: Callable[[], bool],
         housekeep: Callable[[], None],
         on_signal: Callable[[int], None],
     ) -> None:
         self._background = background
         self._allowed = background_allowed
         self._settled = settled
+        self._stirred = stirred
+        self._idle = 0.0  # the last pause after a settled pass
+        self._next_look = 0.0
         self._housekeep = housekeep
         self._on_signal = on_signal
         self._jobs: deque[Job] = deque()
@@ -104,7 +113,7 @@ class Loop:
 
     def hurry(self) -> None:
         """Start the next background scan now."""
-        self._work, self._due = None, 0.0
+        self._work, self._due, self._idle = None, 0.0, 0.0
 
     def stop(self) -> None:
         """Leave the loop after the current step."""
@@ -146,6 +155,10 @@ class Loop:
             self._housekeep()
             if self._server is not None:
                 self._server.expire()
+            if self._idle and now >= self._next_look:
+                self._next_look = now + _LOOK_SECS
+                if self._stirred():
+                    self.hurry()
 
     def _timeout(self) -> float:
         wait = min(self._due, self._next_housekeeping, self.turns.due()) - time.monotonic()
@@ -179,13 +192,22 @@ class Loop:
             return next(self._work)
         except StopIteration:
             self._work = None
-            return _IDLE_PAUSE_SECS if self._settled() else _BUSY_PAUSE_SECS
+            return self._pause()
         except KsmdError as error:
             log.error("the scan was given up: %s", error)
         except Exception:  # a defect met in one target must not end the guard of all others
             log.exception("the scan was given up; this is a defect of ksmd")
         self._work = None
         return _BUSY_PAUSE_SECS
+
+    def _pause(self) -> float:
+        """Give the seconds from the pass that has just ended to the next."""
+        if not self._settled():
+            self._idle = 0.0
+            return _BUSY_PAUSE_SECS
+        self._idle = min(self._idle * 2 or _IDLE_PAUSE_SECS, _LONGEST_PAUSE_SECS)
+        self._next_look = time.monotonic() + _LOOK_SECS
+        return self._idle
 
     def _job_step(self) -> float:
         job = self._jobs[0]

@@ -266,7 +266,10 @@ class Merger:
         if target is None:
             return 0
         try:
-            return target.memory.read_exclusive_into(page << PAGE_SHIFT, view)
+            pages = np.arange(page, page + (len(view) >> PAGE_SHIFT), dtype=np.uint64)
+            own = target.pagemap.exclusive_of(pages).all()  # fork may have shared them since
+            read = target.memory.read_exclusive_into if own else target.memory.read_into
+            return read(page << PAGE_SHIFT, view)
         except TargetGoneError:
             self._targets.drop(target)
             return 0

@@ -15,10 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ksmd.core.cursor import Cursor, Piece
-from ksmd.core.spans import NEAR_PAGES, Spans
+from ksmd.core.spans import Spans
 from ksmd.daemon.state import Domain, Target
 from ksmd.daemon.targets import Targets
-from ksmd.kernel.pagemap import exclusive, is_present
 from ksmd.model.errors import TargetGoneError
 from ksmd.model.refusal import Reason
 from ksmd.model.tables import Seen
@@ -117,7 +116,7 @@ class Scanner:
                 at << PAGE_SHIFT, end << PAGE_SHIFT, min(budget, _STEP_PAGES)
             )
             found = present.pages[areas.find(present.pages)[1]]
-            pages = found[_exclusive(target, found)]
+            pages = found[target.pagemap.exclusive_of(found)]
             result.refused[Reason.FORK_SHARED] += len(found) - len(pages)
             pages, checksums = _read(domain, target, pages)
         except TargetGoneError:
@@ -137,27 +136,12 @@ class Scanner:
         return walk_end
 
 
-def stretches(pages: Pages, near: int = 1) -> Iterator[tuple[int, int]]:
-    """Cut ascending page numbers into (first index, end index) of neighbouring pages.
-
-    Pages up to *near* apart count as neighbours.
-    """
+def stretches(pages: Pages) -> Iterator[tuple[int, int]]:
+    """Cut ascending page numbers into (first index, end index) of neighbouring pages."""
     if not len(pages):
         return
-    cuts = (np.flatnonzero(np.diff(pages) > near) + 1).tolist()
+    cuts = (np.flatnonzero(np.diff(pages) != 1) + 1).tolist()
     yield from zip([0, *cuts], [*cuts, len(pages)], strict=True)
-
-
-def _exclusive(target: Target, pages: Pages) -> NDArray[np.bool_]:
-    """Do as PageMap.exclusive_of, with one read for all pages that lie close together."""
-    result = np.zeros(len(pages), np.bool_)
-    for first, end in stretches(pages, NEAR_PAGES):
-        chunk = pages[first:end]
-        start = int(chunk[0])
-        entries = target.pagemap.entries(start, int(chunk[-1]) - start + 1)
-        entries = entries[(chunk - chunk[0]).astype(np.intp)]
-        result[first:end] = exclusive(entries) & is_present(entries)
-    return result
 
 
 def _read(domain: Domain, target: Target, pages: Pages) -> tuple[Pages, NDArray[np.uint32]]:

@@ -85,7 +85,12 @@ class Service:
         targets.ours |= {self._pager.pid, self._engine.pid}
         self.pipeline = Pipeline(targets, self._engine, self._pager)
         self.loop = Loop(
-            self._background, self._may_scan, self._settled, self._housekeep, self._on_signal
+            self._background,
+            self._may_scan,
+            self._settled,
+            targets.stirred,
+            self._housekeep,
+            self._on_signal,
         )
         self.programs = Programs(self.pipeline, self.loop.turns, self.loop.selector)
         self.loop.serve(self.server)

@@ -83,6 +83,7 @@ class Target:
     zeros: NDArray[np.uint64] = field(default_factory=lambda: np.empty(0, np.uint64))
     emptied: list[NDArray[np.uint64]] = field(default_factory=list)
     zero_pages: int = 0
+    anonymous: int = 0  # pages that are no file's, at the last count
     vmas: int = 0
     mappings: list[Mapping] = field(default_factory=list)
     sites: NDArray[np.uint64] = field(default_factory=lambda: np.empty(0, np.uint64))

@@ -342,6 +342,15 @@ def status_fields(pid: int, tid: int | None = None) -> dict[str, str]:
     return parse_fields(read_file(f"/proc/{path}", f"process {pid}"))
 
 
+def anonymous_pages(pid: int) -> int:
+    """Count a process's resident pages that are no file's (statm); 0 when it is gone."""
+    try:
+        _, resident, shared, *_ = read_process(pid, "statm").split()
+    except TargetGoneError:
+        return 0
+    return int(resident) - int(shared)
+
+
 @functools.lru_cache(maxsize=256)
 def _user_name(uid: int) -> str:
     try:

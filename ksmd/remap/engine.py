@@ -18,7 +18,7 @@ from ksmd.model.refusal import Reason
 from ksmd.model.tables import RESULT
 from ksmd.model.window import Op, WindowRequest, WindowResult
 from ksmd.remap import stub
-from ksmd.remap.tracer import EXIT_UNSTOPPABLE
+from ksmd.remap.wire import EXIT_UNSTOPPABLE
 
 _REPLY_SECONDS: Final = 10.0
 

@@ -37,11 +37,8 @@ from ksmd.remap.borrowed import Contexts, Outcome, StubLostError
 from ksmd.remap.places import forget
 from ksmd.remap.session import Session
 from ksmd.remap.stop import DeadlineError, RefusedError
+from ksmd.remap.wire import EXIT_STUB_LATE, EXIT_UNSTOPPABLE
 
-#: Exit status: a thread did not stop in time.
-EXIT_UNSTOPPABLE: Final = 10
-#: Exit status: the stub did not end in time. It goes on and leaves the target by itself.
-EXIT_STUB_LATE: Final = 11
 #: How long a stub may take, in seconds. Two orders above the longest window measured.
 _STUB_SECONDS: Final = 2.0
 

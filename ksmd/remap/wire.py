@@ -1,6 +1,7 @@
-"""How records and results travel between the daemon and the tracer: packed, without a schema.
+"""How the daemon and the tracer understand each other: records and results, and how one ends.
 
-This is the tracer's side, without numpy; the daemon's are the dtypes RECORD and RESULT.
+Records and results are packed, without a schema. This is the tracer's side, without numpy; the
+daemon's are the dtypes RECORD and RESULT.
 """
 
 from __future__ import annotations
@@ -8,6 +9,11 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Iterator
 from typing import Final
+
+#: Exit status of a tracer: a thread did not stop in time.
+EXIT_UNSTOPPABLE: Final = 10
+#: Exit status of a tracer: the stub did not end in time. It goes on and leaves by itself.
+EXIT_STUB_LATE: Final = 11
 
 RECORD: Final = struct.Struct("=IQQQI")
 RESULT: Final = struct.Struct("=qI")
