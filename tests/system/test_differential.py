@@ -19,7 +19,7 @@ import pytest
 from differential import Pair
 from stirring import Figures, Stirrer
 
-pytestmark = [pytest.mark.root, pytest.mark.soak]
+pytestmark = [pytest.mark.root, pytest.mark.slow]
 
 SEEDS = (1, 2, 3)
 OPERATIONS = 300  # between two comparisons

@@ -21,7 +21,7 @@ import pytest
 from crowd import SECONDS, Crowd, need
 from guest import guest_memory
 
-pytestmark = [pytest.mark.root, pytest.mark.slow, pytest.mark.soak]
+pytestmark = [pytest.mark.root, pytest.mark.slow]
 
 VICTIMS = Path(__file__).parents[1] / "victims"
 LIBRARIES = Path("/usr/lib/x86_64-linux-gnu")
