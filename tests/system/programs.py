@@ -190,11 +190,15 @@ class Puppet:
         """Share what it has registered."""
         return self.raw.call("Share", sma=self.sma)
 
-    def kill(self) -> None:
-        """End it, by SIGKILL; the test's end of its connection goes too, a child's does not."""
+    def kill(self, *, reap: bool = True) -> None:
+        """End it, by SIGKILL; the test's end of its connection goes too, a child's does not.
+
+        Without *reap* it stays a zombie until it is closed.
+        """
         self.raw.close()
         self._process.kill()
-        self._process.wait()
+        if reap:
+            self._process.wait()
 
     def close(self) -> None:
         """End it and its children."""

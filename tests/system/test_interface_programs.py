@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from harness import Held, contents, descriptors, frames, store_mappings, target, until
+from harness import Held, contents, descriptors, frames, state, store_mappings, target, until
 from programs import NOBODY, CallFailedError, Raw, lines_of
 
 from ksmd.client import Client, SharedMemoryArea
@@ -188,6 +188,29 @@ def test_so_are_those_of_a_killed_client_whose_child_keeps_the_connection(
     gone_within(WITHIN, one, other)
     assert one.check()
     assert other.check()
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "never shared"])
+def test_a_killed_client_that_nobody_waits_for_is_forgotten_within_a_second(
+    shared, open_daemons, puppets
+):
+    """A zombie has its pid and its start time still, and no memory."""
+    daemon = open_daemons()
+    one, other = puppets(daemon.socket), puppets(daemon.socket)
+    for puppet in (one, other):
+        puppet.register()
+        if shared:
+            puppet.share()
+    until(lambda: lines_of(daemon, other), "it is a target")
+    with Client(daemon.socket) as ksmd:
+        other.kill(reap=False)
+        until(lambda: state(other.pid) == "Z", "it is a zombie")
+        begun = time.monotonic()
+        while any(line["pid"] == other.pid for line in ksmd.call("Targets")["targets"]):
+            assert time.monotonic() - begun < WITHIN
+            time.sleep(0.02)
+    assert state(other.pid) == "Z"
+    assert one.intact()
 
 
 def test_that_holds_while_the_daemon_is_busy_with_what_others_asked_for(
