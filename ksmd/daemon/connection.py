@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 #: Bytes asked for in one recv.
 _CHUNK = 64 << 10
-#: Bytes of unread replies after which a caller is dropped.
+#: Bytes of unread replies after which a caller is dropped, instead of being given one more.
 MAX_OUTPUT = 4 << 20
 #: Bytes of unread replies after which no further call of the caller is begun.
 _HIGH_WATER = 1 << 20
@@ -182,10 +182,12 @@ class Connection:
         """Queue *data*; *done* ends the current call."""
         if not self._output:
             self._since = self._clock()
-        self._output += data
+        full = len(self._output) > MAX_OUTPUT
+        if not full:
+            self._output += data
         if done:
             self._current = None
-        if len(self._output) > MAX_OUTPUT:
+        if full:
             why = "dropping pid %d: it does not read its replies"
             self._quiet.info("does not read", self.peer.uid, why, self.peer.pid)
             self.close()

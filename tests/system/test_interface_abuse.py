@@ -387,7 +387,7 @@ METHODS = {
     "RemoveMemoryRegion": ("sma", "wait"),
     "Share": ("sma",),
     "Scan": ("scan", "pages_to_scan", "max_pages_to_merge", "flags", "wait"),
-    "Why": ("pid", "address"),
+    "Why": ("pid", "address", "start"),
 }
 NAMED = {
     "PermissionDenied", "InvalidRegion", "InvalidParameter", "NoSuchArea", "NoSuchScan",

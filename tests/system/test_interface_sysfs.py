@@ -214,7 +214,7 @@ def test_only_root_may_write_and_everybody_may_read(still):
     script = (
         f"cat {still}/run && ! echo 1 2>/dev/null > {still}/run && ! echo 1 > {still}/full_scans"
     )
-    done = subprocess.run(["sh", "-c", script], user=65534, group=65534, check=False)
+    done = subprocess.run(["sh", "-c", script], cwd=still, user=65534, group=65534, check=False)
     assert done.returncode == 0
 
 
