@@ -180,7 +180,13 @@ def _fields(message: dict[str, Any], kinds: dict[str, type]) -> None:
 
 
 def parse_call(message: dict[str, Any]) -> CallMessage:
-    """Understand a call, or raise ProtocolError. Unknown fields are refused."""
+    """Understand a call, or raise ProtocolError. Unknown fields are refused.
+
+    Some clients send every field that Varlink has, with null or false for what they do not mean.
+    """
+    message = {name: value for name, value in message.items() if value is not None}
+    if message.get("upgrade") is False:
+        del message["upgrade"]
     _fields(message, {"method": str, "parameters": dict, "more": bool, "oneway": bool})
     if "method" not in message:
         raise ProtocolError("a call has a method")
