@@ -536,12 +536,13 @@ SHORT_OF_DESCRIPTORS = """
 
 
 def test_a_server_out_of_file_descriptors_recovers(tmp_path):
-    path = tmp_path / "s"
-    child = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(SHORT_OF_DESCRIPTORS), str(path)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-    )
+    path, log = tmp_path / "s", tmp_path / "log"
+    with log.open("wb") as errors_of_it:
+        child = subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(SHORT_OF_DESCRIPTORS), str(path)],
+            stdout=subprocess.PIPE,
+            stderr=errors_of_it,
+        )
     try:
         assert child.stdout.readline() == b"ready\n"
         clients, errors = [], []
@@ -563,6 +564,7 @@ def test_a_server_out_of_file_descriptors_recovers(tmp_path):
         else:
             pytest.fail("nobody was served any more")
         assert child.poll() is None
+        assert log.read_text().splitlines() == ["cannot accept callers: Too many open files"]
     finally:
         child.kill()
         child.wait()

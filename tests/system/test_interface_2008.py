@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from harness import PAGE, contents, frames, mappings, store_mappings, target, until
+from harness import PAGE, Daemon, contents, frames, mappings, store_mappings, target, until
 from programs import NOBODY, Raw, lines_of
 
 from ksmd.client import Client
@@ -299,6 +299,21 @@ def test_ksm_start_stop_kthread_and_get_info(daemon, root, puppets):
     assert root.call("GetInfoThread") == default | {"pages_to_scan": 99, "flags": 1}
     for name, arguments in (("StartStopThread", given), ("GetInfoThread", {})):
         assert puppets(daemon.socket).raw.failure(name, **arguments).name == "PermissionDenied"
+
+
+def test_what_ksm_start_stop_kthread_set_ends_with_the_daemon(tmp_path):
+    given = {"sleep": 1500, "pages_to_scan": 70, "max_pages_to_merge": 60, "flags": 1}
+    for _ in range(2):
+        daemon = Daemon(tmp_path, {"version": 1, "scan": {"pages_to_scan": 88}})
+        try:
+            root = Raw.connect(daemon.socket)
+            assert root.call("GetInfoThread")["pages_to_scan"] == 88
+            assert daemon.status()["sources"]["scan.sleep_millisecs"] == "default"
+            root.call("StartStopThread", **given)
+            assert daemon.status()["sources"]["scan.sleep_millisecs"] == "StartStopThread"
+            root.close()
+        finally:
+            daemon.close()
 
 
 def test_ksm_start_stop_kthread_refuses_zero_counts_while_run_is_set(daemon, root):

@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from programs import NOBODY, CallFailedError, Puppet, Raw, lines_of
 
+from ksmd.daemon.allowance import SHARE
 from ksmd.daemon.control import KEPT_FOR_ROOT, MAX_CONNECTIONS, MAX_PER_USER
 from ksmd.daemon.protocol import MAX_MESSAGE
 
@@ -99,8 +100,23 @@ def test_slow_and_half_closed_callers_hold_up_nobody(daemon, puppets):
         while True:
             unread.send(call * 100)
     unaffected(daemon, puppets)
+    slow, half = begun[:5], begun[5:]
+    assert all(closed(sock) for sock in half)
+    assert all(closed(sock) for sock in slow)
+    until(lambda: len(sockets(daemon)) == 0, "all are dropped")
+    assert daemon.log().count("it stalled") == 1
+    assert "Traceback" not in daemon.log()
     for sock in [*begun, unread]:
         sock.close()
+
+
+def sockets(daemon: Daemon) -> list[str]:
+    """Give the connections that the daemon's process holds (of unix(7), those with its path)."""
+    held = {os.fspath(fd.readlink()) for fd in Path(f"/proc/{daemon.pid}/fd").iterdir()}
+    lines = Path("/proc/net/unix").read_text().splitlines()
+    ends = [line.split() for line in lines if line.endswith(f" {daemon.socket}")]
+    connected = "03"
+    return [end[6] for end in ends if end[5] == connected and f"socket:[{end[6]}]" in held]
 
 
 def test_a_half_closed_caller_gets_its_answer(daemon):
@@ -199,6 +215,42 @@ def test_running_out_of_file_descriptors_harms_nobody_who_is_merged(daemon, pupp
     resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, before)
     until(lambda: daemon.run_ctl("status").returncode == 0, "it accepts callers again")
     unaffected(daemon, puppets)
+    assert "Traceback" not in daemon.log()
+    assert daemon.log().count("cannot accept callers") <= 1
+
+
+# -- how much of the daemon's time -----------------------------------------------------------------
+
+
+def cpu(daemon: Daemon) -> float:
+    return time.clock_gettime(~daemon.pid << 3 | 2)  # clock_getcpuclockid(3)
+
+
+@pytest.mark.slow
+def test_a_users_scans_are_limited_to_a_share_of_the_daemons_time(daemon, puppets):
+    """GIVEN a program that scans without end WHEN its allowance is used up THEN it gets a share.
+
+    The clock of the daemon's own CPU time tells, whatever else the host does.
+    """
+    greedy = puppets(daemon.socket, pages=40_000)
+    greedy.register()
+    scanner = greedy.raw.call("CreateScan")["scan"]
+    asking = puppets(daemon.socket)
+
+    def refused() -> CallFailedError | None:
+        assert greedy.raw.call("Scan", scan=scanner, pages_to_scan=1 << 20)["scanned"] > 0
+        return outcome(asking.raw, "Status", {})
+
+    failure = until(refused, "it has had its burst", patience=120)
+    assert (failure.name, failure.parameters["seconds"] > 0) == ("RateLimited", True)
+    begun, used = time.monotonic(), cpu(daemon)
+    while time.monotonic() - begun < 4:
+        assert greedy.raw.call("Scan", scan=scanner, pages_to_scan=4000)["scanned"] == 4000
+    spent = (cpu(daemon) - used) / (time.monotonic() - begun)
+    assert spent < 2 * SHARE, spent
+    until(lambda: outcome(asking.raw, "Status", {}) is None, "it is served again")
+    unaffected(daemon, puppets)
+    assert greedy.intact()
 
 
 # -- who may do what -------------------------------------------------------------------------------
