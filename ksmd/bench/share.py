@@ -91,8 +91,6 @@ def _latency(mib: int, rounds: int) -> Latency:
                 answer = _share(comes)
             ms.append(int(answer["ns"]) / 1e6)
             merged.append(int(answer["merged"]))
-            # all of them are one user's, who may take so much of the daemon's time and no more
-            time.sleep(ms[-1] / 1e3 / SHARE)
         return Latency(mib, stays.npages, tuple(ms), tuple(merged))
 
 
@@ -105,9 +103,12 @@ def _worker(ksmd: OpenKsmd, mib: int, stack: ExitStack) -> Victim:
 
 
 def _share(worker: Victim) -> dict[str, str]:
+    """Have a worker share what it holds, then rest."""
     answer = worker.ask("share")
     if answer["intact"] != "1":
         raise KsmdError(f"worker {worker.pid} holds other words than before")
+    # all of them are one user's, who may take so much of the daemon's time and no more
+    time.sleep(int(answer["ns"]) / 1e9 / SHARE)
     return answer
 
 

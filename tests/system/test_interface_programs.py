@@ -93,6 +93,22 @@ def test_share_returns_when_the_region_is_merged(open_daemons, puppets):
     assert other.share() == {"scanned": 0, "merged": 0, "settled": True, "refusals": {}}
 
 
+def test_share_merges_all_of_what_is_more_than_one_plan_holds(open_daemons, puppets):
+    """GIVEN 160 MiB each, while another program wants its own merged, THEN all of it is merged."""
+    daemon = open_daemons()
+    one, other = (puppets(daemon.socket, pages=40_000) for _ in range(2))
+    few = [puppets(daemon.socket, pages=64, seed=2) for _ in range(2)]
+    for puppet in (one, other, *few):
+        puppet.register()
+    one.share()
+    few[0].share()
+    other.raw.send("Share", sma=other.sma)
+    assert few[1].share()["merged"] == 64
+    assert other.raw.receive()["merged"] == 40_000
+    assert same_frames(one, other) == 40_000
+    assert all(puppet.intact() for puppet in (one, other, *few))
+
+
 def test_a_write_to_a_shared_page_is_the_writers_own(open_daemons, puppets):
     _, one, other = pair(open_daemons, puppets)
     one.ask("write 3 5")
@@ -153,10 +169,11 @@ def gone_within(promise: float, *victims) -> float:
     return time.monotonic() - begun
 
 
-def test_a_killed_clients_regions_are_unmerged_within_a_second(open_daemons, victims):
+@pytest.mark.parametrize("pages", [1024, 16384], ids=["4 MiB", "64 MiB"])
+def test_a_killed_clients_regions_are_unmerged_within_a_second(pages, open_daemons, victims):
     """GIVEN regions that a client registered WHEN it is killed THEN they are unmerged in time."""
     daemon = open_daemons()
-    one, other = (victims("idle", layout="runs:long", pages=1024, seed=3) for _ in range(2))
+    one, other = (victims("idle", layout="runs:long", pages=pages, seed=3) for _ in range(2))
     with registrar(daemon, one, other) as pid:
         assert store_mappings(one.pid)
         assert store_mappings(other.pid)
