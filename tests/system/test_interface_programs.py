@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+import shutil
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,14 +15,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 from harness import Held, contents, descriptors, frames, state, store_mappings, target, until
-from programs import NOBODY, CallFailedError, Raw, lines_of
+from programs import NOBODY, RESOURCES, CallFailedError, Raw, lines_of
+from victims import fields
 
+from ksmd.cli import manual
 from ksmd.client import Client, SharedMemoryArea
 
 pytestmark = pytest.mark.root
 
 #: The promise itself, not a guess at how fast it should be.
 WITHIN = 1.0
+#: Where the compiler finds what `ksmd install` puts into include/.
+ENVIRONMENT = {**os.environ, "CPATH": str(RESOURCES)}
 
 
 def same_frames(one, other, pages=slice(None)) -> int:
@@ -45,6 +52,29 @@ def test_a_c_and_a_python_program_of_no_privilege_share_memory_through_the_daemo
             assert "Uid:\t65534\t65534\t65534\t65534" in status_of(program.pid)
         assert first.end() == 0
         assert second.end() == 0
+
+
+def test_the_commands_of_the_manual_show_it_end_to_end(open_daemons, tmp_path):
+    """GIVEN the example, built and started as the manual says THEN the second one shares."""
+    text = manual.markdown("ksmd.8").partition("# PROGRAMS THAT")[2].partition("\n# ")[0]
+    build, first, second = re.findall(r"^ {4}((?:cc|sleep|\./share) .*)$", text, re.MULTILINE)
+    daemon = open_daemons()
+    shutil.copy(RESOURCES / "examples" / "share.c", tmp_path)
+    subprocess.run(["sh", "-c", build], cwd=tmp_path, env=ENVIRONMENT, check=True)
+    script = f"""
+        share() {{ ./share {daemon.socket} 4; }}
+        {first.replace("sleep 60 |", "mkfifo hold; cat hold |").replace("./share", "share > one")}
+        exec 3> hold
+        until test -s one; do sleep 0.01; done
+        {second.replace("./share", "share > two")}
+        exec 3>&-
+        wait
+    """
+    subprocess.run(["sh", "-ec", script], cwd=tmp_path, check=True, timeout=60)
+    one, two = (fields((tmp_path / name).read_text()) for name in ("one", "two"))
+    assert (one["pages"], one["merged"], one["intact"]) == (1024, 0, 1)
+    assert (two["pages"], two["merged"], two["intact"]) == (1024, 1024, 1)
+    until(lambda: daemon.status()["targets"] == [], "both are forgotten")
 
 
 def test_a_c_program_and_a_python_program_share_with_each_other(open_daemons, examples, puppets):
