@@ -227,6 +227,29 @@ def test_ksm_scan_does_nothing_without_its_run_flag_and_nothing_for_zero_pages(d
         assert (failure.name, failure.parameters) == ("InvalidParameter", {"parameter": name})
 
 
+@pytest.mark.parametrize("flags", [0, 2], ids=["stop", "unmerge"])
+def test_ksm_scan_reads_and_merges_nothing_while_run_is(flags, daemon, root, puppets):
+    one, other = puppets(daemon.socket), puppets(daemon.socket)
+    for puppet in (one, other):
+        puppet.register()
+        puppet.share()
+    for puppet in (one, other):
+        puppet.raw.call("RemoveMemoryRegion", sma=puppet.sma, wait=True)
+        puppet.register()
+    info = {"sleep": 1000, "pages_to_scan": 100, "max_pages_to_merge": 100}
+    root.call("StartStopThread", **info, flags=flags)
+    scanner = one.raw.call("CreateScan")["scan"]
+    for done in (one.share(), other.share(), one.raw.call("Scan", scan=scanner)):
+        assert (done["scanned"] > 0, done["merged"], done["settled"]) == (True, 0, False)
+    assert not store_mappings(one.pid) + store_mappings(other.pid)
+    root.call("StartStopThread", **info, flags=1)
+    for puppet in (one, other):
+        puppet.share()
+    until(lambda: np.array_equal(frames(one), frames(other)), "they merge, or the thread does")
+    assert one.intact()
+    assert other.intact()
+
+
 def test_ksm_scan_of_a_user_covers_what_that_connection_registered(daemon, puppets):
     """GIVEN two programs of one user THEN a scan by one reads nothing of the other."""
     one, other = puppets(daemon.socket, pages=50), puppets(daemon.socket, pages=70, seed=2)
