@@ -36,8 +36,6 @@ _CHUNK = 64 << 10
 MAX_OUTPUT = 4 << 20
 #: Bytes of unread replies after which no further call of the caller is begun.
 _HIGH_WATER = 1 << 20
-#: Calls begun for one caller before others get their turn.
-_CALLS_PER_TURN = 16
 
 
 class CallError(Exception):
@@ -237,12 +235,14 @@ class Connection:
             self.close()
 
     def _turn(self) -> None:
-        """Begin the calls that may begin, send what can be sent, leave when all is done."""
+        """Begin the next call, if it may begin, send what can be sent, leave when all is done.
+
+        One call each time: whoever sends thousands at once, over as many connections as he may,
+        must not hold up scans, merges and what is to be given back.
+        """
         self._in_turn = True
         try:
-            for _ in range(_CALLS_PER_TURN):
-                if not self._next_call():
-                    break
+            self._next_call()
         except ProtocolError as error:
             uid, pid = self.peer.uid, self.peer.pid
             self._quiet.info("protocol", uid, "dropping pid %d: %s", pid, error)
@@ -259,17 +259,16 @@ class Connection:
         if not self.closed:
             self._on_change(self)
 
-    def _next_call(self) -> bool:
+    def _next_call(self) -> None:
         if self.closed or self._current is not None or len(self._output) >= _HIGH_WATER:
-            return False
+            return
         message = self._decoder.next()
         if message is None:
             self._backlog = False
-            return False
+            return
         self._since = self._clock()
         self._current = Call(self, parse_call(message))
         self._begin(self._current)
-        return True
 
     def _write(self) -> None:
         while self._output:

@@ -413,6 +413,20 @@ def test_a_reply_may_be_longer_than_any_call_and_than_what_may_lie_unread(thread
         assert client.call("GetApiVersion") == {"version": 1}
 
 
+def test_who_sends_many_calls_at_once_gets_no_more_turns_than_others(daemon):
+    """GIVEN calls that wait in dozens WHEN the loop comes round THEN one of each is begun."""
+    many, few = daemon.connect(), daemon.connect()
+    many.sendall(request("GetApiVersion") * 50)
+    few.sendall(request("Unmerge"))
+    for _ in range(3):
+        for key, mask in daemon.selector.select(0):
+            key.data(key, mask)
+    assert daemon.calls.count(("GetApiVersion", {})) == 3
+    assert daemon.calls.count(("Unmerge", {})) == 1
+    daemon.settle()
+    assert len(replies(many, 50)) == 50
+
+
 def test_who_reads_slowly_gets_everything(daemon):
     sock = daemon.connect()
     sock.sendall(request("Plan") * 10)

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from harness import PAGE, Daemon, frames, until
+from harness import PAGE, Daemon, frames, store_mappings, until
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from programs import NOBODY, CallFailedError, Puppet, Raw, lines_of
@@ -251,6 +251,64 @@ def test_a_users_scans_are_limited_to_a_share_of_the_daemons_time(daemon, puppet
     until(lambda: outcome(asking.raw, "Status", {}) is None, "it is served again")
     unaffected(daemon, puppets)
     assert greedy.intact()
+
+
+_FLOOD = """
+import os, selectors, socket, sys
+os.setgroups([]); os.setresgid(65534, 65534, 65534); os.setresuid(65534, 65534, 65534)
+calls = sys.argv[2].encode().ljust(len(sys.argv[2]) + 1, bytes(1)) * 200
+selector = selectors.DefaultSelector()
+for _ in range(32):
+    sock = socket.socket(socket.AF_UNIX)
+    sock.connect(sys.argv[1])
+    sock.setblocking(False)
+    selector.register(sock, selectors.EVENT_READ | selectors.EVENT_WRITE, [b""])
+print("all are connected", flush=True)
+while True:
+    for key, mask in selector.select():
+        try:
+            if mask & selectors.EVENT_READ:
+                key.fileobj.recv(1 << 20)
+            rest = key.data[0] or calls
+            key.data[0] = rest[key.fileobj.send(rest):]
+        except BlockingIOError:
+            pass
+"""
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        '{"method":"org.ksmd.Control.GetApiVersion"}',
+        '{"method":"org.varlink.service.GetInterfaceDescription",'
+        '"parameters":{"interface":"org.ksmd.Control"}}',
+        '{"method":"org.ksmd.Control.Status"}',
+    ],
+    ids=["GetApiVersion", "GetInterfaceDescription", "Status"],
+)
+def test_calls_without_end_hold_up_neither_merges_nor_what_is_given_back(call, daemon, puppets):
+    """GIVEN a user who calls over all connections that he may have THEN others are unaffected."""
+    flood = subprocess.Popen(
+        [sys.executable, "-c", _FLOOD, str(daemon.socket), call], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert flood.stdout is not None
+        assert flood.stdout.readline() == "all are connected\n"
+        unaffected(daemon, puppets)
+        one, other = (puppets(daemon.socket, uid=0, pages=4096) for _ in range(2))
+        for puppet in (one, other):
+            puppet.register()
+            puppet.share()
+        assert bool((frames(one) == frames(other)).all())
+        for puppet in (one, other):
+            puppet.raw.hang_up()
+        until(lambda: not store_mappings(one.pid) + store_mappings(other.pid), "unmerged", 1.0)
+        assert flood.poll() is None
+        assert one.intact()
+        assert other.intact()
+    finally:
+        flood.kill()
+        flood.communicate()
 
 
 # -- who may do what -------------------------------------------------------------------------------
