@@ -31,6 +31,7 @@ from typing import Any
 from ksmd.daemon.protocol import (
     DEFAULT_SOCKET,
     INTERFACE,
+    MAX_REPLY,
     SERVICE,
     CallMessage,
     Decoder,
@@ -81,7 +82,7 @@ class Client:
     def __init__(self, path: Path | str = DEFAULT_SOCKET, timeout: float | None = None) -> None:
         self.path = Path(path)
         self.timeout = timeout
-        self._decoder = Decoder()
+        self._decoder = Decoder(MAX_REPLY)
         self._busy = False
         self._socket = self._connect()
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from ksmd.bench import machine, plot, table
+from ksmd.bench import machine, plot, share, table
 from ksmd.bench.compete import compete, contenders
 from ksmd.bench.options import Options, parse
 from ksmd.bench.summary import of_outcome
@@ -26,11 +26,13 @@ def run(options: Options) -> int:
         plot.pyplot()  # before minutes of measuring, not after
     # as Ctrl-C does: everything is ended and put back on the way out
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if options.share:
+        return run_share(options)
     who, missing = contenders(options)
     if missing:
         complain(PROG, missing)
     found = machine.describe()
-    outcomes, failed = compete(options, who, lambda text: print(text, file=sys.stderr, flush=True))
+    outcomes, failed = compete(options, who, progress)
     results: dict[str, Any] = {
         "machine": found,
         "options": {
@@ -47,6 +49,28 @@ def run(options: Options) -> int:
         plot.draw(outcomes, options.plot)
     show(results, options)
     return int(bool(failed))
+
+
+def run_share(options: Options) -> int:
+    """Measure how long sharing at once takes."""
+    found = machine.describe()
+    latencies = share.latencies(options.share, options.rounds, progress)
+    if options.json:
+        results = [latency.as_dict() for latency in latencies]
+        print_json({"machine": found, "rounds": options.rounds, "share": results})
+        return 0
+    out = console()
+    title, made = share.show(latencies)
+    out.print(title)
+    out.print(made)
+    out.print()
+    out.print(machine.line(found))
+    return 0
+
+
+def progress(text: str) -> None:
+    """Say what is being done."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def show(results: dict[str, Any], options: Options) -> None:

@@ -11,6 +11,9 @@ from pathlib import Path
 from ksmd.bench.workloads import WORKLOADS, Workload
 from ksmd.model.errors import UsageError
 
+#: What --share measures unless told otherwise.
+SIZES = (1, 64, 1024)
+
 DESCRIPTION = """\
 Merge the same memory with ksmd and with kernel KSM, in turns, and compare: time, CPU, memory saved
 after all costs, pauses, latency. Needs root, a C compiler, and a host on which KSM is not in use.
@@ -19,7 +22,10 @@ after all costs, pauses, latency. Needs root, a C compiler, and a host on which 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """``mib``: memory of each of the ``victims``; ``rounds``: runs of each contender."""
+    """``mib``: memory of each of the ``victims``; ``rounds``: runs of each contender.
+
+    ``share``: MiB of which only it is measured how long it takes to share them at once.
+    """
 
     workloads: tuple[Workload, ...]
     mib: int
@@ -29,6 +35,7 @@ class Options:
     pauses: bool
     json: bool
     plot: Path | None
+    share: tuple[int, ...] = ()
 
     @property
     def pages(self) -> int:
@@ -45,6 +52,10 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
     return int(text)
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    return tuple(_positive(word.strip()) for word in text.split(","))
 
 
 def _workloads(text: str) -> tuple[Workload, ...]:
@@ -83,6 +94,16 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--plot", type=Path, metavar="FILE", help="draw progress over time (png, svg)"
     )
+    made.add_argument(
+        "--share",
+        type=_sizes,
+        nargs="?",
+        const=SIZES,
+        default=(),
+        metavar="MIB,MIB",
+        help="measure instead how long a worker waits until so much of its memory is shared, when"
+        f" it asks for that itself (default {','.join(map(str, SIZES))})",
+    )
     return made
 
 
@@ -100,4 +121,5 @@ def parse(argv: Sequence[str] | None) -> Options:
         pauses=not args.no_pauses,
         json=args.json,
         plot=args.plot,
+        share=args.share,
     )

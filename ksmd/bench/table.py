@@ -24,10 +24,11 @@ def tables(results: Results) -> list[tuple[str, Table]]:
     return found
 
 
-def _table(*columns: str) -> Table:
+def of_columns(*names: str) -> Table:
+    """Make a table: the first column to the left, figures to the right."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left", no_wrap=True)
+    for number, name in enumerate(names):
+        table.add_column(name, justify="right" if number else "left", no_wrap=True)
     return table
 
 
@@ -70,7 +71,7 @@ def _three(workload: Results, name: str, write: Callable[[float | None], str]) -
 
 def _time(workloads: list[Results]) -> tuple[str, Table]:
     parts = [f"{what}{when}" for when in (95, 99) for what in ("wall", "CPU")]
-    table = _table("", *(cell for part in parts for cell in (part, "KSM", "x")))
+    table = of_columns("", *(cell for part in parts for cell in (part, "KSM", "x")))
     for workload in workloads:
         row = [workload["name"]]
         for when in ("95", "99"):
@@ -82,7 +83,7 @@ def _time(workloads: list[Results]) -> tuple[str, Table]:
 
 def _passes(workloads: list[Results]) -> tuple[str, Table]:
     parts = ("wall settled", "CPU settled", "1st scan CPU")
-    table = _table("", *(cell for part in parts for cell in (part, "KSM", "x")))
+    table = of_columns("", *(cell for part in parts for cell in (part, "KSM", "x")))
     for workload in workloads:
         row = [workload["name"]]
         for name in ("wall_end", "cpu_end", "cpu_first_pass"):
@@ -93,7 +94,7 @@ def _passes(workloads: list[Results]) -> tuple[str, Table]:
 
 def _memory(workloads: list[Results]) -> tuple[str, Table]:
     columns = ("possible", "saved", "KSM", "net", "KSM", "x", "RSS", "B/page", "KSM")
-    table = _table("", *columns)
+    table = of_columns("", *columns)
     for workload in workloads:
         table.add_row(
             workload["name"],
@@ -111,7 +112,7 @@ def _memory(workloads: list[Results]) -> tuple[str, Table]:
 
 def _feel(workloads: list[Results]) -> tuple[str, Table]:
     columns = ("idle", "KSM", "1%", "KSM", "read", "ksmd", "KSM", "write", "KSM")
-    table = _table("", *columns)
+    table = of_columns("", *columns)
     for workload in workloads:
         row = [workload["name"]]
         for name in ("rescan_idle_ms_per_gib", "rescan_written_ms_per_gib"):
@@ -126,7 +127,7 @@ def _feel(workloads: list[Results]) -> tuple[str, Table]:
 
 def _pauses(workloads: list[Results]) -> tuple[str, Table]:
     gaps = ("n", "p50", "p99", "max")
-    table = _table("", "quiet", *gaps, *(f"KSM {gap}" for gap in gaps), "stop p99", "max")
+    table = of_columns("", "quiet", *gaps, *(f"KSM {gap}" for gap in gaps), "stop p99", "max")
     for workload in workloads:
         row = [workload["name"], times(workload[OURS]["pauses"]["before"]["max_ms"])]
         for side in (OURS, THEIRS):

@@ -1,4 +1,4 @@
-"""``ksmd install``: put units, default settings, manual pages and completions in their places.
+"""``ksmd install``: put units, settings, manual, completions and the C header in their places.
 
 Without --apply it only says what it would do. Doing it twice changes nothing more. Units are
 replaced, for local changes belong into drop-ins; settings that are there already are never touched.
@@ -23,13 +23,16 @@ from ksmd.cli import manual, shipped
 from ksmd.cli.common import complain
 from ksmd.model.errors import Exit, KsmdError, PrivilegeError, UsageError
 
-HELP = "place units, default settings, manual pages and completions"
+HELP = "place units, default settings, manual pages, completions and the C header"
 
 UNITS = ("ksmd.service", "ksmd.socket", "ksmd-exporter.service", "ksmd-exporter.socket")
 PROGRAM_IN_UNITS = "/usr/bin/ksmd"
 CONFIG = Path("etc/ksmd/ksmd.yaml")
 _ELSEWHERE = "install ksmd elsewhere, as into a virtual environment in /opt, and run that one"
 DROP_INS = Path("etc/ksmd/conf.d")
+#: For programs that register memory of their own.
+HEADER = "ksmd.h"
+EXAMPLES = ("share.c", "share.py")
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +160,10 @@ def items(prefix: Path, program: Path) -> Iterator[Item]:
         bash, zsh = (completions.script(command, shell) for shell in completions.SHELLS)
         yield Item(prefix / f"share/bash-completion/completions/{command}", bash.encode())
         yield Item(prefix / f"share/zsh/site-functions/_{command}", zsh.encode())
+    yield Item(prefix / "include" / HEADER, shipped.resource(HEADER).encode())
+    for name in EXAMPLES:
+        example = shipped.resource(f"examples/{name}")
+        yield Item(prefix / "share/doc/ksmd/examples" / name, example.encode())
     yield Item(CONFIG, render_default_config().encode(), kept=True)
 
 

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import argparse
 import errno
+import itertools
+import os
 import stat
 import time
 from pathlib import Path
@@ -89,11 +91,33 @@ def _operations(fuse: Any, socket: Path | str, mounted: list[str]) -> Any:
     class Sysfs(fuse.Operations):  # type: ignore[misc]  # the library has no types for us
         use_ns = True
 
+        def __init__(self) -> None:
+            self._handles = itertools.count(1)
+            self._shown: dict[int, bytes] = {}  # by handle
+
         def init(self, path: str) -> None:
             mounted.append(path)
 
         def create(self, _path: str, _mode: int, _info: object = None) -> int:
             return -errno.EACCES
+
+        def mkdir(self, _path: str, _mode: int) -> int:
+            return -errno.EPERM
+
+        def mknod(self, _path: str, _mode: int, _device: int) -> int:
+            return -errno.EPERM
+
+        def unlink(self, _path: str) -> int:
+            return -errno.EPERM
+
+        def rename(self, _old: str, _new: str, *_flags: int) -> int:
+            return -errno.EPERM
+
+        def link(self, _target: str, _source: str) -> int:
+            return -errno.EPERM
+
+        def symlink(self, _target: str, _source: str) -> int:
+            return -errno.EPERM
 
         def getattr(self, path: str, _handle: object = None) -> dict[str, Any]:
             times = dict.fromkeys(("st_atime", "st_mtime", "st_ctime"), begun)
@@ -109,16 +133,29 @@ def _operations(fuse: Any, socket: Path | str, mounted: list[str]) -> Any:
             return [".", "..", *sysfs_files.FILES]
 
         def open(self, path: str, info: Any) -> int:
+            file = sysfs_files.FILES.get(path[1:])
+            if file is None:
+                return -errno.ENOENT
+            if file.write is None and info.flags & os.O_ACCMODE != os.O_RDONLY:
+                return -errno.EACCES  # to root as well, whom the mode does not stop
             info.direct_io = True  # the size is no measure of what can be read
-            return 0 if path[1:] in sysfs_files.FILES else -errno.ENOENT
+            info.fh = next(self._handles)
+            return 0
 
-        def read(self, path: str, size: int, offset: int, _info: object) -> bytes:
-            with _translated(fuse), Client(socket, _TIMEOUT) as ksmd:
-                return sysfs_files.read(path[1:], ksmd)[offset : offset + size]
+        def release(self, _path: str, info: Any) -> int:
+            self._shown.pop(info.fh, None)
+            return 0
 
-        def write(self, path: str, data: bytes, offset: int, _info: object) -> int:
-            if offset:
-                raise fuse.FuseOSError(errno.EINVAL)
+        def read(self, path: str, size: int, offset: int, info: Any) -> bytes:
+            # a shell's `read` takes one byte at a time: all of them must be of one number
+            shown = self._shown.get(info.fh)
+            if shown is None or not offset:
+                with _translated(fuse), Client(socket, _TIMEOUT) as ksmd:
+                    shown = self._shown[info.fh] = sysfs_files.read(path[1:], ksmd)
+            return shown[offset : offset + size]
+
+        def write(self, path: str, data: bytes, _offset: int, _info: object) -> int:
+            # every write is a value by itself, wherever in the file it lies: `echo 1 >> run`
             with _translated(fuse), Client(socket, _WRITE_TIMEOUT) as ksmd:
                 sysfs_files.write(path[1:], data, ksmd)
             return len(data)

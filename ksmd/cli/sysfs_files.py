@@ -4,7 +4,8 @@ Tools that read or tune KSM (node_exporter, ksmtuned, netdata) find every file t
 meaning, and writing is answered as KSM answers (mm/ksm.c, admin-guide/mm/ksm.rst): EINVAL for what
 is no number or out of range. A knob of KSM's that ksmd does not have shows the value that describes
 ksmd best; writing another one is refused with EBUSY, the kernel's own answer for a knob that cannot
-be turned now.
+be turned now. One thing that KSM takes is refused with EPERM: to scan zero pages at a time while
+run is 1, which would be a thread that only wakes up; run = 0 stops it.
 """
 
 from __future__ import annotations

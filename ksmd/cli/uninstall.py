@@ -56,6 +56,8 @@ def _unlink(path: Path) -> None:
 
 def _remove_directories(root: Path, prefix: Path) -> None:
     """Remove directories that nobody but ksmd uses, where they are empty."""
-    for directory in (DROP_INS, CONFIG.parent, prefix / "share/ksmd", prefix / "share/doc/ksmd"):
+    documents = prefix / "share/doc/ksmd"
+    ours = (DROP_INS, CONFIG.parent, prefix / "share/ksmd", documents / "examples", documents)
+    for directory in ours:
         with contextlib.suppress(OSError):
             (root / directory).rmdir()

@@ -45,12 +45,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Ask the daemon and show its answer."""
     with Client(args.socket, TIMEOUT) as ksmd:
-        reply = ksmd.call("Why", pid=args.pid, address=args.address)
+        reply = ask(ksmd, args.pid, args.address)
     if args.json:
         print_json(reply)
     else:
         show(console(), reply, args.address)
     return 0
+
+
+def ask(ksmd: Client, pid: int, address: int | None) -> dict[str, Any]:
+    """Put the replies for a process of many ranges together."""
+    reply = ksmd.call("Why", pid=pid, address=address)
+    start = reply.pop("next", None)
+    while start is not None:
+        more = ksmd.call("Why", pid=pid, start=start)
+        reply["areas"] += more["areas"]
+        start = more.get("next")
+    return reply
 
 
 def show(out: Console, reply: Mapping[str, Any], address: int | None) -> None:

@@ -32,12 +32,10 @@ log = logging.getLogger(__name__)
 
 #: Bytes asked for in one recv.
 _CHUNK = 64 << 10
-#: Bytes of unread replies after which a caller is dropped.
+#: Bytes of unread replies after which a caller is dropped, instead of being given one more.
 MAX_OUTPUT = 4 << 20
 #: Bytes of unread replies after which no further call of the caller is begun.
 _HIGH_WATER = 1 << 20
-#: Calls begun for one caller before others get their turn.
-_CALLS_PER_TURN = 16
 
 
 class CallError(Exception):
@@ -182,10 +180,12 @@ class Connection:
         """Queue *data*; *done* ends the current call."""
         if not self._output:
             self._since = self._clock()
-        self._output += data
+        full = len(self._output) > MAX_OUTPUT
+        if not full:
+            self._output += data
         if done:
             self._current = None
-        if len(self._output) > MAX_OUTPUT:
+        if full:
             why = "dropping pid %d: it does not read its replies"
             self._quiet.info("does not read", self.peer.uid, why, self.peer.pid)
             self.close()
@@ -235,12 +235,14 @@ class Connection:
             self.close()
 
     def _turn(self) -> None:
-        """Begin the calls that may begin, send what can be sent, leave when all is done."""
+        """Begin the next call, if it may begin, send what can be sent, leave when all is done.
+
+        One call each time: whoever sends thousands at once, over as many connections as he may,
+        must not hold up scans, merges and what is to be given back.
+        """
         self._in_turn = True
         try:
-            for _ in range(_CALLS_PER_TURN):
-                if not self._next_call():
-                    break
+            self._next_call()
         except ProtocolError as error:
             uid, pid = self.peer.uid, self.peer.pid
             self._quiet.info("protocol", uid, "dropping pid %d: %s", pid, error)
@@ -257,17 +259,16 @@ class Connection:
         if not self.closed:
             self._on_change(self)
 
-    def _next_call(self) -> bool:
+    def _next_call(self) -> None:
         if self.closed or self._current is not None or len(self._output) >= _HIGH_WATER:
-            return False
+            return
         message = self._decoder.next()
         if message is None:
             self._backlog = False
-            return False
+            return
         self._since = self._clock()
         self._current = Call(self, parse_call(message))
         self._begin(self._current)
-        return True
 
     def _write(self) -> None:
         while self._output:

@@ -59,6 +59,8 @@ KEPT_FOR_ROOT = 64
 #: Seconds for which a caller may owe the rest of a message or leave replies unread.
 STALL_SECONDS = 10.0
 _ACCEPTS_PER_TURN = 16
+#: Seconds for which a shortage that was told of is not told of again.
+_SHORTAGE_SECONDS = 60.0
 
 _SERVICE_TEXT = """\
 # The Varlink service interface (https://varlink.org/Service).
@@ -118,6 +120,7 @@ class ControlServer:
         self._masks: dict[int, int] = {}  # by connection id, what the selector waits for
         self._selector: selectors.BaseSelector | None = None
         self._accepting = False
+        self._short_since = -_SHORTAGE_SECONDS
         self._count = 0
 
     def __len__(self) -> int:
@@ -242,7 +245,9 @@ class ControlServer:
         A caller left in the queue would wake the loop for ever. Where even that does not help,
         nobody is accepted until ``expire`` finds a descriptor free.
         """
-        log.warning("cannot accept a caller: %s", error.strerror)
+        if self._clock() - self._short_since >= _SHORTAGE_SECONDS:
+            self._short_since = self._clock()
+            log.warning("cannot accept callers: %s", error.strerror)
         if self._reserve is not None:
             os.close(self._reserve)
             self._reserve = None

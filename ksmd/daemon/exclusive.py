@@ -14,15 +14,23 @@ Step = TypeVar("Step")
 
 
 class Exclusive:
-    """Held by one generator at a time; closing the generator lets it go."""
+    """Held by one generator at a time; closing the generator lets it go.
+
+    ``waiting``: how many others wait for it.
+    """
 
     def __init__(self) -> None:
         self.taken = False
+        self.waiting = 0
 
     def holding(self, steps: Iterator[Step]) -> Iterator[Step | float]:
         """Give *steps*, after seconds to wait (floats) for as long as others have it."""
-        while self.taken:
-            yield _PAUSE_SECS
+        self.waiting += 1
+        try:
+            while self.taken:
+                yield _PAUSE_SECS
+        finally:
+            self.waiting -= 1
         self.taken = True
         try:
             yield from steps

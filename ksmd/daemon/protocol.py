@@ -4,7 +4,7 @@ Varlink framing was chosen because it is the smallest that other tools speak alr
 of systemd calls ksmd without knowing it) and because a stray byte can never be taken for a length.
 This module is pure: bytes in, messages out. Whatever the bytes are, a :class:`Decoder` either gives
 a message, asks for more, or raises :class:`ProtocolError`, in time linear in the bytes fed and
-within :data:`MAX_MESSAGE` of memory for what it keeps.
+within its limit of memory for what it keeps.
 
     call   {"method": "org.ksmd.Control.Status", "parameters": {...}, "more": bool, "oneway": bool}
     reply  {"parameters": {...}, "continues": bool}
@@ -27,6 +27,9 @@ DEFAULT_SOCKET = "/run/ksmd/ksmd.sock"
 
 #: The longest message in bytes, without its NUL.
 MAX_MESSAGE = 1 << 20
+#: The longest reply: the status of some ten thousand targets. Only to root, and to members of the
+#: socket's group, ksmd says so much at once.
+MAX_REPLY = 16 << 20
 #: The deepest nesting of arrays and objects.
 MAX_DEPTH = 32
 
@@ -58,14 +61,14 @@ class ReplyMessage:
     error: str = ""
 
 
-def encode(message: dict[str, Any]) -> bytes:
-    """Frame *message*. Raise ProtocolError where it is too long or no JSON (NaN, bytes, ...)."""
+def encode(message: dict[str, Any], limit: int = MAX_MESSAGE) -> bytes:
+    """Frame *message*. ProtocolError: longer than *limit* bytes, or no JSON (NaN, bytes, ...)."""
     try:
         data = json.dumps(message, separators=(",", ":"), allow_nan=False).encode("ascii")
     except (TypeError, ValueError, RecursionError) as error:
         raise ProtocolError(f"not a JSON message: {error}") from error
-    if len(data) > MAX_MESSAGE:
-        raise ProtocolError(f"message of {len(data)} bytes, the limit is {MAX_MESSAGE}")
+    if len(data) > limit:
+        raise ProtocolError(f"message of {len(data)} bytes, the limit is {limit}")
     return data + b"\0"
 
 
@@ -86,7 +89,7 @@ def encode_reply(reply: ReplyMessage) -> bytes:
         message["error"] = reply.error
     elif reply.continues:
         message["continues"] = True
-    return encode(message)
+    return encode(message, MAX_REPLY)
 
 
 class Decoder:
@@ -177,7 +180,13 @@ def _fields(message: dict[str, Any], kinds: dict[str, type]) -> None:
 
 
 def parse_call(message: dict[str, Any]) -> CallMessage:
-    """Understand a call, or raise ProtocolError. Unknown fields are refused."""
+    """Understand a call, or raise ProtocolError. Unknown fields are refused.
+
+    Some clients send every field that Varlink has, with null or false for what they do not mean.
+    """
+    message = {name: value for name, value in message.items() if value is not None}
+    if message.get("upgrade") is False:
+        del message["upgrade"]
     _fields(message, {"method": str, "parameters": dict, "more": bool, "oneway": bool})
     if "method" not in message:
         raise ProtocolError("a call has a method")

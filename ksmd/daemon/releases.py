@@ -21,7 +21,6 @@ from ksmd.daemon.state import Target
 from ksmd.daemon.turns import Turn, Turns
 from ksmd.daemon.unmerger import UnmergeResult
 from ksmd.guard.intervals import Intervals
-from ksmd.kernel import procfs
 from ksmd.model.errors import KsmdError, TargetGoneError
 from ksmd.model.process import TargetId
 from ksmd.model.units import PAGE_SHIFT, PAGE_SIZE
@@ -66,10 +65,13 @@ class Releases:
                 del self._under_way[process]
 
     def _ended(self, process: TargetId) -> Iterator[float]:
-        """Its memory has gone by itself; what is left is ours."""
+        """Its memory has gone by itself; what is left is ours.
+
+        Its pidfd said so. To /proc it may be there for as long as nobody waits for it.
+        """
         targets = self._pipeline.targets
         for target in targets:
-            if target.id == process and not procfs.is_same(process):
+            if target.id == process:
                 targets.drop(target)
         yield from self._recount()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections import Counter
 from collections.abc import Iterable
@@ -21,6 +22,8 @@ from ksmd.model.units import PAGE_SHIFT, PAGE_SIZE
 
 #: A merged range in the middle of a VMA makes three VMAs of one.
 _VMAS_PER_MAPPING = 2
+#: Bytes of ranges in one reply.
+_AREAS_BYTES = 1 << 19
 
 
 def status(pipeline: Pipeline, paused: bool, pids: Iterable[int]) -> Status:
@@ -145,13 +148,14 @@ def plan(pipeline: Pipeline) -> dict[str, Any]:
     return totals | {"refusals": named(refused), "targets": list(planned.values())}
 
 
-def why(pipeline: Pipeline, pid: int, address: int | None) -> dict[str, Any] | None:
-    """Why memory of *pid* is merged or not; None when it is no target."""
+def why(pipeline: Pipeline, pid: int, address: int | None, start: int = 0) -> dict[str, Any] | None:
+    """Why memory of *pid* is merged or not, from *start* on; None when it is no target."""
     target = pipeline.targets.by_pid(pid)
     if target is None:
         return None
     reason = target.refused
-    areas = _areas(target)
+    areas = _areas(target, start)
+    fit = _that_fit(areas)
     answer: dict[str, Any] = {
         "pid": pid,
         "name": target.selected.name,
@@ -160,12 +164,25 @@ def why(pipeline: Pipeline, pid: int, address: int | None) -> dict[str, Any] | N
         "reason": str(reason or ""),
         "sentence": SENTENCES[reason] if reason else "",
         "detail": target.detail,
-        "areas": areas,
+        "areas": areas[:fit],
     }
-    if address is not None:
+    if address is None:
+        if fit < len(areas):
+            answer["next"] = areas[fit]["start"]
+    else:
         answer["areas"] = [area for area in areas if area["start"] <= address < area["end"]]
         answer["state"] = _state(target, address, answer["areas"])
     return answer
+
+
+def _that_fit(areas: list[dict[str, Any]]) -> int:
+    """Count the first ranges that one reply can hold: one at least."""
+    size = 0
+    for number, area in enumerate(areas):
+        size += len(json.dumps(area))
+        if size > _AREAS_BYTES and number:
+            return number
+    return len(areas)
 
 
 def _area(start: int, end: int, perms: str, path: str) -> dict[str, Any]:
@@ -182,19 +199,26 @@ def _area(start: int, end: int, perms: str, path: str) -> dict[str, Any]:
     }
 
 
-def _areas(target: Target) -> list[dict[str, Any]]:
+def _areas(target: Target, start: int) -> list[dict[str, Any]]:
+    """Tell the ranges that begin at *start* or after it, ascending; no two begin at one address."""
     found = []
     for mapping in target.mappings:
         vma = mapping.vma
+        if vma.start < start:
+            continue
         shared, _ = target.pagemap.still_shared(vma.start, vma.end)
         found.append(_area(vma.start, vma.end, vma.perms, "") | {"merging": len(shared)})
     for area in target.areas:
+        if area.start < start:
+            continue
         edges = np.array([area.start >> PAGE_SHIFT, area.end >> PAGE_SHIFT], np.uint64)
         low, high = np.searchsorted(target.zeros, edges).tolist()
         found.append(
             _area(area.start, area.end, area.vma.perms, area.vma.path) | {"zero": high - low}
         )
     for refused in target.refused_ranges:
+        if refused.start < start:
+            continue
         behind = refused.vma
         found.append(
             _area(

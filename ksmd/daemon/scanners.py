@@ -31,8 +31,10 @@ from ksmd.model.vma import Area
 MAX_SCANNERS_PER_CONNECTION = 16
 #: Times that a call meets the same page: a third visit would find what the second found.
 _VISITS = 2
-#: Pages merged under one plan, before others get theirs.
+#: Pages merged under one plan, before others get theirs. A plan looks at all candidates, so it is
+#: made for more of them, up to the second number, for as long as nobody waits.
 _CHUNK_PAGES = 16384
+_LONGEST_CHUNK_PAGES = 65536
 _BATCH_PAGES = 1024
 _PIECE_BYTES = 1 << 30
 _ROOT = 0
@@ -191,12 +193,12 @@ class Scanners:
 
     def _merge(self, work: _Work, found: ScanResult) -> Iterator[float | Outcome]:
         """Merge what was scanned, plan by plan, so that others come in between."""
-        left, postponed = work.max_pages_to_merge, 0
+        left, postponed, chunk = work.max_pages_to_merge, 0, _CHUNK_PAGES
         refused: Counter[Reason] = Counter()
         for domain in self._domains(work):
             while left > 0 and self._targets.settings.run == "merge":
                 result = MergeResult()
-                scope = Scope(work.ranges, min(left, _CHUNK_PAGES))
+                scope = Scope(work.ranges, min(left, chunk))
                 steps = self._pipeline.merger.merge_scope(
                     domain, self._asked(domain, work.uid), scope, result
                 )
@@ -208,6 +210,8 @@ class Scanners:
                 postponed += result.postponed
                 if not done:
                     break
+                waited_for = self._pipeline.merging.waiting > 0
+                chunk = _CHUNK_PAGES if waited_for else min(2 * chunk, _LONGEST_CHUNK_PAGES)
                 for _ in self._pipeline.accounting.recount(self._touched(result)):
                     yield 0.0
                 while (pause := self._allowance.wait(work.uid)) > 0:

@@ -282,7 +282,7 @@ class Service:
                 return asdict(self._tuning.info(self._paused))
             case "Why":
                 self.programs.check_own(call, parameters["pid"])
-                return self._why(parameters["pid"], parameters.get("address"))
+                return self._why(**parameters)
         return self.programs.dispatch(method, parameters, call)
 
     def _scan_all(self, parameters: dict[str, Any], call: Call) -> dict[str, Any] | None:
@@ -374,8 +374,8 @@ class Service:
                 target.accepted()
         self.loop.hurry()
 
-    def _why(self, pid: int, address: int | None) -> dict[str, Any]:
-        answer = report.why(self.pipeline, pid, address)
+    def _why(self, pid: int, address: int | None = None, start: int = 0) -> dict[str, Any]:
+        answer = report.why(self.pipeline, pid, address, start)
         if answer is None:
             raise CallError(
                 "NotRegistered",

@@ -245,11 +245,8 @@ class Pager:
                 self._watch.drop(header["id"])
             case "children":
                 return {"children": self._watch.children(header["id"])}
-            case "stats":
-                return self._stats()
-            case "sweep":
-                self._watch.sweep()
-                return {"children": self._watch.live - self._watch.contexts}
+            case "stats" | "sweep" as verb:
+                return self._stats() if verb == "stats" else self._sweep()
             case "keep" | "release" | "rings" | "secret" as verb:
                 self._keep(verb, header, fds)
             case "hand-over":
@@ -303,6 +300,10 @@ class Pager:
             "highest": self._watch.highest,
             "rings": list(self._keeper.rings.items()),
         }
+
+    def _sweep(self) -> dict[str, int]:
+        self._watch.sweep()
+        return {"children": self._watch.live - self._watch.contexts}
 
     def _stats(self) -> dict[str, int]:
         watch, count = self._watch, self._watch.count

@@ -281,9 +281,11 @@ static inline int ksmd_open(struct ksmd *ksmd, const char *path)
 	ksmd->fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
 	if (ksmd->fd < 0)
 		return ksmd__failed(ksmd, errno, "socket");
-	if (connect(ksmd->fd, (const struct sockaddr *)&address, sizeof(address)) < 0) {
+	while (connect(ksmd->fd, (const struct sockaddr *)&address, sizeof(address)) < 0) {
 		int number = errno;
 
+		if (number == EINTR)
+			continue; /* it waited for room in the daemon's queue */
 		close(ksmd->fd);
 		ksmd->fd = -1;
 		return ksmd__failed(ksmd, number, path);

@@ -74,6 +74,25 @@ def test_unique_pages_save_nothing_and_have_no_mark() -> None:
     assert "pauses" not in workload["ksmd"]
 
 
+def test_how_long_sharing_at_once_takes_is_told_for_each_size() -> None:
+    """The synchronous merge of short-lived workers, who have no privileges."""
+    command = [*BENCH, "--share", "1,4", "--rounds", "2"]
+    done = subprocess.run(
+        [*command, "--json"], capture_output=True, text=True, timeout=600, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert [one["mib"] for one in found["share"]] == [1, 4]
+    for one in found["share"]:
+        assert len(one["ms"]) == found["rounds"] == 2
+        assert all(merged == one["pages"] for merged in one["merged"])
+        assert one["pages"] in {(one["mib"] << 8) - 1, one["mib"] << 8}
+        assert 0 < min(one["ms"]) <= one["median_ms"] <= max(one["ms"])
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True).stdout
+    assert [line.split()[0] for line in shown.splitlines()[2:4]] == ["1", "4"]
+    assert shown.count("100.0%") == 2
+
+
 def test_both_sides_are_measured_and_the_settings_of_ksm_come_back() -> None:
     if why := theirs.unusable():
         pytest.skip(why)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -33,9 +34,9 @@ def daemons(tmp_path: Path) -> Iterator[StartDaemon]:
         print(f"-- log of the daemon {daemon.pid} --\n{daemon.log()}")
 
 
-@pytest.fixture
-def open_daemons() -> Iterator[StartDaemon]:
-    """Start daemons whose socket lets everybody in: ``open_daemons(**settings)``, paused."""
+@contextlib.contextmanager
+def starting_open_daemons() -> Iterator[StartDaemon]:
+    """Start daemons whose socket lets everybody in, and end them with the block."""
     started: list[Daemon] = []
     directories: list[Path] = []
 
@@ -50,6 +51,20 @@ def open_daemons() -> Iterator[StartDaemon]:
         print(f"-- log of the daemon {daemon.pid} --\n{daemon.log()}")
     for directory in directories:
         shutil.rmtree(directory)
+
+
+@pytest.fixture
+def open_daemons() -> Iterator[StartDaemon]:
+    """Start daemons whose socket lets everybody in: ``open_daemons(**settings)``, paused."""
+    with starting_open_daemons() as start:
+        yield start
+
+
+@pytest.fixture(scope="module")
+def module_daemon() -> Iterator[Daemon]:
+    """One such daemon for all tests of a module that leave it as they found it."""
+    with starting_open_daemons() as start:
+        yield start()
 
 
 @pytest.fixture

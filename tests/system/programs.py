@@ -21,10 +21,12 @@ from harness import PAGE, PATIENCE, Daemon
 from victims import fields
 
 import ksmd
+from ksmd.daemon import interface
 from ksmd.daemon.protocol import INTERFACE, CallMessage, Decoder, encode_call
 
 NOBODY = 65534
 RESOURCES = Path(ksmd.__file__).parent / "resources"
+CONTROL = interface.load()
 
 
 class CallFailedError(Exception):
@@ -37,10 +39,11 @@ class CallFailedError(Exception):
 
 
 class Raw:
-    """One connection, message by message."""
+    """One connection, message by message. What comes must be what the description promises."""
 
     def __init__(self, sock: socket.socket) -> None:
         self.socket = sock
+        self._method = ""
         self._decoder = Decoder()
         sock.settimeout(PATIENCE)
 
@@ -55,6 +58,7 @@ class Raw:
     def send(self, method: str, *, more: bool = False, **parameters: Any) -> None:
         """Send a call."""
         full = method if "." in method else f"{INTERFACE}.{method}"
+        self._method = method
         self.socket.sendall(encode_call(CallMessage(full, parameters, more=more)))
 
     def receive(self) -> dict[str, Any]:
@@ -64,9 +68,16 @@ class Raw:
             if not data:
                 raise ConnectionResetError("the daemon closed the connection")
             self._decoder.feed(data)
-        if "error" in message:
-            raise CallFailedError(message["error"], message["parameters"])
         found: dict[str, Any] = message["parameters"]
+        if "error" in message:
+            where, _, name = message["error"].rpartition(".")
+            if where == INTERFACE:
+                wrong = CONTROL.mismatch(found, CONTROL.errors[name])
+                assert wrong is None, (self._method, message, wrong)
+            raise CallFailedError(message["error"], found)
+        if self._method in CONTROL.methods:
+            wrong = CONTROL.gives(self._method, found)
+            assert wrong is None, (self._method, message, wrong)
         return found
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
@@ -190,11 +201,15 @@ class Puppet:
         """Share what it has registered."""
         return self.raw.call("Share", sma=self.sma)
 
-    def kill(self) -> None:
-        """End it, by SIGKILL; the test's end of its connection goes too, a child's does not."""
+    def kill(self, *, reap: bool = True) -> None:
+        """End it, by SIGKILL; the test's end of its connection goes too, a child's does not.
+
+        Without *reap* it stays a zombie until it is closed.
+        """
         self.raw.close()
         self._process.kill()
-        self._process.wait()
+        if reap:
+            self._process.wait()
 
     def close(self) -> None:
         """End it and its children."""

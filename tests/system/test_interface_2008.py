@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from harness import PAGE, contents, frames, mappings, store_mappings, target, until
+from harness import PAGE, Daemon, contents, frames, mappings, store_mappings, target, until
 from programs import NOBODY, Raw, lines_of
 
 from ksmd.client import Client
@@ -181,9 +181,10 @@ def test_ksm_create_scan_and_ksm_scan(daemon, puppets):
     assert scan(first, 100) == 100
     assert daemon.status()["pages_unshared"] == 100
     # at most twice over everything in one call, however many pages it is allowed
-    assert 500 <= scan(first, 1 << 31) <= 750
+    rest = scan(first, 1 << 31)
+    assert 500 <= rest <= 750
     assert daemon.status()["pages_unshared"] == 250
-    assert daemon.status()["pages_scanned"] == daemon.status()["pages_scanned"]
+    assert daemon.status()["pages_scanned"] == 100 + 100 + 30 + 50 + 100 + rest
 
 
 def test_ksm_scan_merges_no_more_than_max_pages_to_merge(daemon, puppets):
@@ -205,14 +206,14 @@ def test_ksm_scan_merges_no_more_than_max_pages_to_merge(daemon, puppets):
 
 def test_ksm_scan_without_anything_registered_is_eagain(daemon, root, puppets):
     puppet = puppets(daemon.socket)
-    for raw in (root, puppet.raw):
-        scanner = raw.call("CreateScan")["scan"]
+    callers = [(raw, raw.call("CreateScan")["scan"]) for raw in (root, puppet.raw)]
+    for raw, scanner in callers:
         failure = raw.failure("Scan", scan=scanner)
         assert failure.name == "NothingRegistered"
         assert failure.parameters["errno"] == errno.EAGAIN
     puppet.register()
-    assert puppet.raw.call("Scan", scan=1 + scanner - 1)["scanned"] > 0
-    assert root.call("Scan", scan=scanner - 1)["scanned"] > 0
+    for raw, scanner in callers:
+        assert raw.call("Scan", scan=scanner)["scanned"] > 0
 
 
 def test_ksm_scan_does_nothing_without_its_run_flag_and_nothing_for_zero_pages(daemon, puppets):
@@ -224,6 +225,29 @@ def test_ksm_scan_does_nothing_without_its_run_flag_and_nothing_for_zero_pages(d
     for name in ("pages_to_scan", "max_pages_to_merge", "flags"):
         failure = puppet.raw.failure("Scan", scan=scanner, **{name: -1})
         assert (failure.name, failure.parameters) == ("InvalidParameter", {"parameter": name})
+
+
+@pytest.mark.parametrize("flags", [0, 2], ids=["stop", "unmerge"])
+def test_ksm_scan_reads_and_merges_nothing_while_run_is(flags, daemon, root, puppets):
+    one, other = puppets(daemon.socket), puppets(daemon.socket)
+    for puppet in (one, other):
+        puppet.register()
+        puppet.share()
+    for puppet in (one, other):
+        puppet.raw.call("RemoveMemoryRegion", sma=puppet.sma, wait=True)
+        puppet.register()
+    info = {"sleep": 1000, "pages_to_scan": 100, "max_pages_to_merge": 100}
+    root.call("StartStopThread", **info, flags=flags)
+    scanner = one.raw.call("CreateScan")["scan"]
+    for done in (one.share(), other.share(), one.raw.call("Scan", scan=scanner)):
+        assert (done["scanned"] > 0, done["merged"], done["settled"]) == (True, 0, False)
+    assert not store_mappings(one.pid) + store_mappings(other.pid)
+    root.call("StartStopThread", **info, flags=1)
+    for puppet in (one, other):
+        puppet.share()
+    until(lambda: np.array_equal(frames(one), frames(other)), "they merge, or the thread does")
+    assert one.intact()
+    assert other.intact()
 
 
 def test_ksm_scan_of_a_user_covers_what_that_connection_registered(daemon, puppets):
@@ -300,6 +324,21 @@ def test_ksm_start_stop_kthread_and_get_info(daemon, root, puppets):
         assert puppets(daemon.socket).raw.failure(name, **arguments).name == "PermissionDenied"
 
 
+def test_what_ksm_start_stop_kthread_set_ends_with_the_daemon(tmp_path):
+    given = {"sleep": 1500, "pages_to_scan": 70, "max_pages_to_merge": 60, "flags": 1}
+    for _ in range(2):
+        daemon = Daemon(tmp_path, {"version": 1, "scan": {"pages_to_scan": 88}})
+        try:
+            root = Raw.connect(daemon.socket)
+            assert root.call("GetInfoThread")["pages_to_scan"] == 88
+            assert daemon.status()["sources"]["scan.sleep_millisecs"] == "default"
+            root.call("StartStopThread", **given)
+            assert daemon.status()["sources"]["scan.sleep_millisecs"] == "StartStopThread"
+            root.close()
+        finally:
+            daemon.close()
+
+
 def test_ksm_start_stop_kthread_refuses_zero_counts_while_run_is_set(daemon, root):
     good = {"sleep": 0, "pages_to_scan": 1, "max_pages_to_merge": 1, "flags": 1}
     before = root.call("GetInfoThread")
@@ -349,7 +388,7 @@ def test_page_hash_size_rmap_hash_size_and_sha1_hash_size(open_daemons, puppets)
 # -- jhash bucket -> candidate; rmap oldindex -> re-hash -----------------------------------------
 
 
-def test_a_changed_page_is_volatile_and_placed_anew(daemon, puppets):
+def test_rmap_oldindex_a_changed_page_is_volatile_and_placed_anew(daemon, puppets):
     """As with the rmap's oldindex: what changed since the last scan waits until it stands still."""
     puppet = puppets(daemon.socket, pages=40)
     puppet.register()
@@ -368,7 +407,9 @@ def test_a_changed_page_is_volatile_and_placed_anew(daemon, puppets):
 # -- HMAC-SHA1 over the page heads; memcmp of the rest -------------------------------------------
 
 
-def test_pages_that_differ_in_their_last_bytes_only_are_never_merged(daemon, puppets):
+def test_hmac_sha1_and_memcmp_pages_that_differ_in_their_last_bytes_are_never_merged(
+    daemon, puppets
+):
     """Equal heads make equal digests: only what is equal to the last byte is one page."""
     one, other = puppets(daemon.socket, pages=64), puppets(daemon.socket, pages=64)
     heads = [page[:-8] for page in contents(one)]
@@ -387,7 +428,7 @@ def test_pages_that_differ_in_their_last_bytes_only_are_never_merged(daemon, pup
 # -- PageKsm: file-like, write-protected, unswappable --------------------------------------------
 
 
-def test_a_store_page_is_file_like_write_protected_and_unswappable(daemon, puppets):
+def test_pageksm_a_store_page_is_file_like_write_protected_and_unswappable(daemon, puppets):
     one, other = puppets(daemon.socket, pages=128), puppets(daemon.socket, pages=128)
     for puppet in (one, other):
         puppet.register()
@@ -443,7 +484,7 @@ with SharedMemoryArea(sys.argv[1]) as area:
 """
 
 
-def test_pages_with_input_or_output_under_way_are_refused(daemon, puppets):
+def test_replace_page_refuses_pages_with_input_or_output_under_way(daemon, puppets):
     """A pinned page is written to behind the page table: the patch's check of the page count."""
     twin = puppets(daemon.socket, uid=0)
     twin.register()
@@ -464,7 +505,7 @@ def test_pages_with_input_or_output_under_way_are_refused(daemon, puppets):
         pinned.communicate()
 
 
-def test_writers_are_never_lost_while_their_pages_are_shared_and_given_back(daemon, root, victims):
+def test_page_wrprotect_and_replace_page_lose_no_write_of_a_busy_program(daemon, root, victims):
     """Quarantine, compare, map: a target that writes all the time keeps every word it wrote."""
     pair = [victims("write", layout="mixed", pages=512, seed=5) for _ in range(2)]
     sma = register_all(root, *pair)

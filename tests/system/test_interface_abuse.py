@@ -13,11 +13,12 @@ import time
 from pathlib import Path
 
 import pytest
-from harness import PAGE, Daemon, frames, until
+from harness import PAGE, Daemon, frames, store_mappings, until
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from programs import NOBODY, CallFailedError, Puppet, Raw, lines_of
 
+from ksmd.daemon.allowance import SHARE
 from ksmd.daemon.control import KEPT_FOR_ROOT, MAX_CONNECTIONS, MAX_PER_USER
 from ksmd.daemon.protocol import MAX_MESSAGE
 
@@ -99,8 +100,23 @@ def test_slow_and_half_closed_callers_hold_up_nobody(daemon, puppets):
         while True:
             unread.send(call * 100)
     unaffected(daemon, puppets)
+    slow, half = begun[:5], begun[5:]
+    assert all(closed(sock) for sock in half)
+    assert all(closed(sock) for sock in slow)
+    until(lambda: len(sockets(daemon)) == 0, "all are dropped")
+    assert daemon.log().count("it stalled") == 1
+    assert "Traceback" not in daemon.log()
     for sock in [*begun, unread]:
         sock.close()
+
+
+def sockets(daemon: Daemon) -> list[str]:
+    """Give the connections that the daemon's process holds (of unix(7), those with its path)."""
+    held = {os.fspath(fd.readlink()) for fd in Path(f"/proc/{daemon.pid}/fd").iterdir()}
+    lines = Path("/proc/net/unix").read_text().splitlines()
+    ends = [line.split() for line in lines if line.endswith(f" {daemon.socket}")]
+    connected = "03"
+    return [end[6] for end in ends if end[5] == connected and f"socket:[{end[6]}]" in held]
 
 
 def test_a_half_closed_caller_gets_its_answer(daemon):
@@ -199,6 +215,100 @@ def test_running_out_of_file_descriptors_harms_nobody_who_is_merged(daemon, pupp
     resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, before)
     until(lambda: daemon.run_ctl("status").returncode == 0, "it accepts callers again")
     unaffected(daemon, puppets)
+    assert "Traceback" not in daemon.log()
+    assert daemon.log().count("cannot accept callers") <= 1
+
+
+# -- how much of the daemon's time -----------------------------------------------------------------
+
+
+def cpu(daemon: Daemon) -> float:
+    return time.clock_gettime(~daemon.pid << 3 | 2)  # clock_getcpuclockid(3)
+
+
+@pytest.mark.slow
+def test_a_users_scans_are_limited_to_a_share_of_the_daemons_time(daemon, puppets):
+    """GIVEN a program that scans without end WHEN its allowance is used up THEN it gets a share.
+
+    The clock of the daemon's own CPU time tells, whatever else the host does.
+    """
+    greedy = puppets(daemon.socket, pages=40_000)
+    greedy.register()
+    scanner = greedy.raw.call("CreateScan")["scan"]
+    asking = puppets(daemon.socket)
+
+    def refused() -> CallFailedError | None:
+        assert greedy.raw.call("Scan", scan=scanner, pages_to_scan=1 << 20)["scanned"] > 0
+        return outcome(asking.raw, "Status", {})
+
+    failure = until(refused, "it has had its burst", patience=120)
+    assert (failure.name, failure.parameters["seconds"] > 0) == ("RateLimited", True)
+    begun, used = time.monotonic(), cpu(daemon)
+    while time.monotonic() - begun < 4:
+        assert greedy.raw.call("Scan", scan=scanner, pages_to_scan=4000)["scanned"] == 4000
+    spent = (cpu(daemon) - used) / (time.monotonic() - begun)
+    assert spent < 2 * SHARE, spent
+    until(lambda: outcome(asking.raw, "Status", {}) is None, "it is served again")
+    unaffected(daemon, puppets)
+    assert greedy.intact()
+
+
+_FLOOD = """
+import os, selectors, socket, sys
+os.setgroups([]); os.setresgid(65534, 65534, 65534); os.setresuid(65534, 65534, 65534)
+calls = sys.argv[2].encode().ljust(len(sys.argv[2]) + 1, bytes(1)) * 200
+selector = selectors.DefaultSelector()
+for _ in range(32):
+    sock = socket.socket(socket.AF_UNIX)
+    sock.connect(sys.argv[1])
+    sock.setblocking(False)
+    selector.register(sock, selectors.EVENT_READ | selectors.EVENT_WRITE, [b""])
+print("all are connected", flush=True)
+while True:
+    for key, mask in selector.select():
+        try:
+            if mask & selectors.EVENT_READ:
+                key.fileobj.recv(1 << 20)
+            rest = key.data[0] or calls
+            key.data[0] = rest[key.fileobj.send(rest):]
+        except BlockingIOError:
+            pass
+"""
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        '{"method":"org.ksmd.Control.GetApiVersion"}',
+        '{"method":"org.varlink.service.GetInterfaceDescription",'
+        '"parameters":{"interface":"org.ksmd.Control"}}',
+        '{"method":"org.ksmd.Control.Status"}',
+    ],
+    ids=["GetApiVersion", "GetInterfaceDescription", "Status"],
+)
+def test_calls_without_end_hold_up_neither_merges_nor_what_is_given_back(call, daemon, puppets):
+    """GIVEN a user who calls over all connections that he may have THEN others are unaffected."""
+    flood = subprocess.Popen(
+        [sys.executable, "-c", _FLOOD, str(daemon.socket), call], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert flood.stdout is not None
+        assert flood.stdout.readline() == "all are connected\n"
+        unaffected(daemon, puppets)
+        one, other = (puppets(daemon.socket, uid=0, pages=4096) for _ in range(2))
+        for puppet in (one, other):
+            puppet.register()
+            puppet.share()
+        assert bool((frames(one) == frames(other)).all())
+        for puppet in (one, other):
+            puppet.raw.hang_up()
+        until(lambda: not store_mappings(one.pid) + store_mappings(other.pid), "unmerged", 1.0)
+        assert flood.poll() is None
+        assert one.intact()
+        assert other.intact()
+    finally:
+        flood.kill()
+        flood.communicate()
 
 
 # -- who may do what -------------------------------------------------------------------------------
@@ -387,7 +497,7 @@ METHODS = {
     "RemoveMemoryRegion": ("sma", "wait"),
     "Share": ("sma",),
     "Scan": ("scan", "pages_to_scan", "max_pages_to_merge", "flags", "wait"),
-    "Why": ("pid", "address"),
+    "Why": ("pid", "address", "start"),
 }
 NAMED = {
     "PermissionDenied", "InvalidRegion", "InvalidParameter", "NoSuchArea", "NoSuchScan",

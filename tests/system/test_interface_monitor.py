@@ -1,9 +1,9 @@
-"""The stream of events: what happened to whom, as it happens, and never what is on a page."""
+"""What can be asked and heard: why memory is merged or not, and the stream of what happens."""
 
 from __future__ import annotations
 
 import pytest
-from harness import PAGE, until
+from harness import PAGE, mappings, target, until
 from programs import NOBODY, Raw
 
 pytestmark = pytest.mark.root
@@ -128,3 +128,38 @@ def test_no_event_says_what_is_on_a_page_or_where_it_lies(daemon, puppets):
 def test_a_listener_must_take_more_than_one_reply(daemon, puppets):
     failure = puppets(daemon.socket).raw.failure("Monitor")
     assert failure.name == "ExpectedMore"
+
+
+# -- Why -------------------------------------------------------------------------------------------
+
+
+def test_why_tells_every_range_of_a_process_that_has_more_than_fit_into_a_message(
+    daemons, actors, puppets
+):
+    """GIVEN 12,000 mappings WHEN ksmctl or another client asks THEN each range has its answer."""
+    actor = actors(12_000)
+    for page in range(0, 12_000, 2):
+        assert actor.ask(f"readonly {page} 1")["errno"] == 0
+    daemon = daemons({"version": 1, "targets": [target(actor, regions="anon")]})
+    daemon.ctl("scan", "--wait")
+    start, npages = actor.region
+    end = start + npages * PAGE
+
+    def inside(areas):
+        return [area for area in areas if start <= area["start"] < end]
+
+    areas = inside(daemon.ctl("why", actor.pid)["areas"])
+    assert sorted({at for area in areas for at in range(area["start"], area["end"], PAGE)}) == list(
+        range(start, end, PAGE)
+    )
+    assert {area["reason"] for area in areas} == {"", "not-writable"}
+    writable = [area for area in areas if not area["reason"]]
+    there = [(low, high) for low, high, perms, _ in mappings(actor.pid) if perms == "rw-p"]
+    assert {(area["start"], area["end"]) for area in writable} <= set(there)
+    assert len(writable) == 6_000
+    root = Raw.connect(daemon.socket)
+    first = root.call("Why", pid=actor.pid)
+    assert first["areas"][-1]["start"] < first["next"]
+    assert root.call("Why", pid=actor.pid, start=first["next"])["areas"]
+    page = root.call("Why", pid=actor.pid, address=end - 1)
+    assert ([area["end"] for area in page["areas"]], "next" in page) == ([end], False)

@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+import shutil
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from harness import Held, contents, descriptors, frames, store_mappings, target, until
-from programs import NOBODY, CallFailedError, Raw, lines_of
+from harness import Held, contents, descriptors, frames, state, store_mappings, target, until
+from programs import NOBODY, RESOURCES, CallFailedError, Raw, lines_of
+from victims import fields
 
+from ksmd.cli import manual
 from ksmd.client import Client, SharedMemoryArea
 
 pytestmark = pytest.mark.root
 
 #: The promise itself, not a guess at how fast it should be.
 WITHIN = 1.0
+#: Where the compiler finds what `ksmd install` puts into include/.
+ENVIRONMENT = {**os.environ, "CPATH": str(RESOURCES)}
 
 
 def same_frames(one, other, pages=slice(None)) -> int:
@@ -42,10 +49,32 @@ def test_a_c_and_a_python_program_of_no_privilege_share_memory_through_the_daemo
         assert same_frames(first, second) == pages
         assert first.again()["intact"] == 1
         for program in (first, second):
-            assert (Path("/proc") / str(program.pid)).stat().st_uid in {NOBODY, 0}
             assert "Uid:\t65534\t65534\t65534\t65534" in status_of(program.pid)
         assert first.end() == 0
         assert second.end() == 0
+
+
+def test_the_commands_of_the_manual_show_it_end_to_end(open_daemons, tmp_path):
+    """GIVEN the example, built and started as the manual says THEN the second one shares."""
+    text = manual.markdown("ksmd.8").partition("# PROGRAMS THAT")[2].partition("\n# ")[0]
+    build, first, second = re.findall(r"^ {4}((?:cc|sleep|\./share) .*)$", text, re.MULTILINE)
+    daemon = open_daemons()
+    shutil.copy(RESOURCES / "examples" / "share.c", tmp_path)
+    subprocess.run(["sh", "-c", build], cwd=tmp_path, env=ENVIRONMENT, check=True)
+    script = f"""
+        share() {{ ./share {daemon.socket} 4; }}
+        {first.replace("sleep 60 |", "mkfifo hold; cat hold |").replace("./share", "share > one")}
+        exec 3> hold
+        until test -s one; do sleep 0.01; done
+        {second.replace("./share", "share > two")}
+        exec 3>&-
+        wait
+    """
+    subprocess.run(["sh", "-ec", script], cwd=tmp_path, check=True, timeout=60)
+    one, two = (fields((tmp_path / name).read_text()) for name in ("one", "two"))
+    assert (one["pages"], one["merged"], one["intact"]) == (1024, 0, 1)
+    assert (two["pages"], two["merged"], two["intact"]) == (1024, 1024, 1)
+    until(lambda: daemon.status()["targets"] == [], "both are forgotten")
 
 
 def test_a_c_program_and_a_python_program_share_with_each_other(open_daemons, examples, puppets):
@@ -92,6 +121,22 @@ def test_share_returns_when_the_region_is_merged(open_daemons, puppets):
     assert other.intact()
     assert [line["merging_pages"] for line in status["targets"]] == [256, 256]
     assert other.share() == {"scanned": 0, "merged": 0, "settled": True, "refusals": {}}
+
+
+def test_share_merges_all_of_what_is_more_than_one_plan_holds(open_daemons, puppets):
+    """GIVEN 160 MiB each, while another program wants its own merged, THEN all of it is merged."""
+    daemon = open_daemons()
+    one, other = (puppets(daemon.socket, pages=40_000) for _ in range(2))
+    few = [puppets(daemon.socket, pages=64, seed=2) for _ in range(2)]
+    for puppet in (one, other, *few):
+        puppet.register()
+    one.share()
+    few[0].share()
+    other.raw.send("Share", sma=other.sma)
+    assert few[1].share()["merged"] == 64
+    assert other.raw.receive()["merged"] == 40_000
+    assert same_frames(one, other) == 40_000
+    assert all(puppet.intact() for puppet in (one, other, *few))
 
 
 def test_a_write_to_a_shared_page_is_the_writers_own(open_daemons, puppets):
@@ -154,10 +199,11 @@ def gone_within(promise: float, *victims) -> float:
     return time.monotonic() - begun
 
 
-def test_a_killed_clients_regions_are_unmerged_within_a_second(open_daemons, victims):
+@pytest.mark.parametrize("pages", [1024, 16384], ids=["4 MiB", "64 MiB"])
+def test_a_killed_clients_regions_are_unmerged_within_a_second(pages, open_daemons, victims):
     """GIVEN regions that a client registered WHEN it is killed THEN they are unmerged in time."""
     daemon = open_daemons()
-    one, other = (victims("idle", layout="runs:long", pages=1024, seed=3) for _ in range(2))
+    one, other = (victims("idle", layout="runs:long", pages=pages, seed=3) for _ in range(2))
     with registrar(daemon, one, other) as pid:
         assert store_mappings(one.pid)
         assert store_mappings(other.pid)
@@ -188,6 +234,29 @@ def test_so_are_those_of_a_killed_client_whose_child_keeps_the_connection(
     gone_within(WITHIN, one, other)
     assert one.check()
     assert other.check()
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "never shared"])
+def test_a_killed_client_that_nobody_waits_for_is_forgotten_within_a_second(
+    shared, open_daemons, puppets
+):
+    """A zombie has its pid and its start time still, and no memory."""
+    daemon = open_daemons()
+    one, other = puppets(daemon.socket), puppets(daemon.socket)
+    for puppet in (one, other):
+        puppet.register()
+        if shared:
+            puppet.share()
+    until(lambda: lines_of(daemon, other), "it is a target")
+    with Client(daemon.socket) as ksmd:
+        other.kill(reap=False)
+        until(lambda: state(other.pid) == "Z", "it is a zombie")
+        begun = time.monotonic()
+        while any(line["pid"] == other.pid for line in ksmd.call("Targets")["targets"]):
+            assert time.monotonic() - begun < WITHIN
+            time.sleep(0.02)
+    assert state(other.pid) == "Z"
+    assert one.intact()
 
 
 def test_that_holds_while_the_daemon_is_busy_with_what_others_asked_for(

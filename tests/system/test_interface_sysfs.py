@@ -7,14 +7,36 @@ import errno
 import os
 import signal
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from harness import KSMCTL, PATIENCE, frames, store_mappings, until
+from harness import KSMCTL, PATIENCE, Daemon, frames, store_mappings, until
 
 from ksmd.kernel.ksm import SYSFS
 
 pytestmark = pytest.mark.root
+
+
+@contextlib.contextmanager
+def mounted(daemon: Daemon) -> Iterator[Path]:
+    """Mount the view of a daemon; the directory."""
+    directory = daemon.socket.parent / "ksm"
+    directory.mkdir()
+    command = [KSMCTL, "--socket", str(daemon.socket), "sysfs", "--mount", str(directory)]
+    process = subprocess.Popen(command)
+
+    def there() -> bool:
+        assert process.poll() is None, "ksmctl sysfs ended"
+        return directory.is_mount()
+
+    try:
+        until(there, "the view is mounted")
+        yield directory
+    finally:
+        process.send_signal(signal.SIGTERM)
+        code = process.wait(PATIENCE)
+        assert (code, directory.is_mount()) == (0, False)
 
 
 @pytest.fixture
@@ -24,23 +46,23 @@ def daemon(open_daemons):
 
 @pytest.fixture
 def view(daemon):
-    """Mount the view; the directory."""
-    directory = daemon.socket.parent / "ksm"
-    directory.mkdir()
-    command = [KSMCTL, "--socket", str(daemon.socket), "sysfs", "--mount", str(directory)]
-    process = subprocess.Popen(command)
-
-    def mounted() -> bool:
-        assert process.poll() is None, "ksmctl sysfs ended"
-        return directory.is_mount()
-
-    try:
-        until(mounted, "the view is mounted")
+    """A view of a daemon of the test's own."""
+    with mounted(daemon) as directory:
         yield directory
-    finally:
-        process.send_signal(signal.SIGTERM)
-        code = process.wait(PATIENCE)
-        assert (code, directory.is_mount()) == (0, False)
+
+
+@pytest.fixture(scope="module")
+def still(module_daemon):
+    """The view of a daemon in which nothing is changed: one for many tests."""
+    with mounted(module_daemon) as directory:
+        before = knobs(directory)
+        yield directory
+        assert knobs(directory) == before
+
+
+def knobs(view: Path) -> dict[str, str]:
+    """Read every file that can be written."""
+    return {file.name: file.read_text() for file in view.iterdir() if file.stat().st_mode & 0o200}
 
 
 def value(view: Path, name: str) -> int:
@@ -55,13 +77,13 @@ def pair(daemon, puppets):
     return two
 
 
-def test_it_has_the_files_that_the_running_kernel_has_with_the_same_permissions(view):
+def test_it_has_the_files_that_the_running_kernel_has_with_the_same_permissions(still):
     if not SYSFS.is_dir():
         pytest.fail("this kernel has no KSM to compare with")
     real = {file.name: file.stat().st_mode for file in SYSFS.iterdir()}
-    ours = {file.name: file.stat().st_mode for file in view.iterdir()}
+    ours = {file.name: file.stat().st_mode for file in still.iterdir()}
     assert ours == real
-    assert {file.stat().st_size for file in view.iterdir()} == {4096}
+    assert {file.stat().st_size for file in still.iterdir()} == {4096}
 
 
 def test_its_counters_are_those_of_the_status(view, daemon, puppets):
@@ -124,30 +146,75 @@ def error_of(file: Path, data: bytes) -> int:
 @pytest.mark.parametrize(
     "data", [b"", b"x", b"-1", b"3x", b" 1", b"4294967296", b"99999999999999999999", b"1\n\n"]
 )
-def test_what_kernel_ksm_refuses_it_refuses_with_the_same_error(name, data, view):
+def test_what_kernel_ksm_refuses_it_refuses_with_the_same_error(name, data, still):
     """Only what the kernel refuses is written to it, so nothing of the host is changed."""
     if not SYSFS.is_dir():
         pytest.fail("this kernel has no KSM to compare with")
-    real = error_of(SYSFS / name, data) if data.strip() not in {b"", b"1"} else None
-    ours = error_of(view / name, data)
-    if real is not None:
-        assert ours == real
-    elif data:
-        assert ours == errno.EINVAL
+    ours = error_of(still / name, data)
+    if data.strip() == b"1":
+        assert ours == errno.EINVAL  # not tried on the kernel, which might take it one day
+    else:
+        assert ours == error_of(SYSFS / name, data)
+    assert ours or not data  # nothing at all is no value, and no error
 
 
-def test_a_knob_that_ksmd_does_not_have_is_busy_and_its_own_value_is_taken(view):
+@pytest.mark.parametrize(
+    "command",
+    ["mkdir x", "mkfifo x", "touch x", "rm run", "mv run x", "ln run x", "ln -s run x",
+     "rmdir run", "echo 1 > pages_shared", "echo 1 >> full_scans", "exec 3<> general_profit"],
+)  # fmt: skip
+def test_what_cannot_be_done_in_sysfs_cannot_be_done_there_for_the_same_reason(command, still):
+    def tried(where: Path) -> tuple[int, str]:
+        done = subprocess.run(
+            ["sh", "-c", command], cwd=where, capture_output=True, text=True, check=False
+        )
+        return done.returncode, done.stderr
+
+    if not SYSFS.is_dir():
+        pytest.fail("this kernel has no KSM to compare with")
+    real = tried(SYSFS)
+    assert real[0] != 0
+    assert tried(still) == real
+    assert not (still / "x").exists()
+
+
+def test_a_value_is_what_is_written_wherever_in_the_file(daemon, view):
+    """As in sysfs: appending, and writing again to an open file, are writing."""
+    subprocess.run(["sh", "-c", "echo 31 >> sleep_millisecs"], cwd=view, check=True)
+    assert value(view, "sleep_millisecs") == 31
+    script = "exec 3> pages_to_scan; echo 1111 >&3; echo 22 >&3"
+    subprocess.run(["sh", "-c", script], cwd=view, check=True)
+    assert value(view, "pages_to_scan") == 22
+
+
+def test_who_reads_byte_by_byte_reads_one_number(daemon, view):
+    """GIVEN a reader in the middle of a number WHEN that changes THEN it reads the old one on."""
+    (view / "pages_to_scan").write_text("12345")
+    with (view / "pages_to_scan").open("rb", buffering=0) as one:
+        begun = one.read(2)
+        (view / "pages_to_scan").write_text("999")
+        with (view / "pages_to_scan").open("rb", buffering=0) as other:
+            assert other.read() == b"999\n"
+        assert begun + one.read(100) == b"12345\n"
+        assert one.read(1) == b""
+        assert os.pread(one.fileno(), 100, 0) == b"999\n"  # from its start it is read anew
+        assert os.pread(one.fileno(), 100, 1) == b"99\n"
+
+
+def test_a_knob_that_ksmd_does_not_have_is_busy_and_its_own_value_is_taken(still):
     for name, other in (("merge_across_nodes", b"0"), ("max_page_sharing", b"256")):
-        assert error_of(view / name, (view / name).read_bytes()) == 0
-        assert error_of(view / name, other) == errno.EBUSY
-    assert error_of(view / "advisor_mode", b"scan-time\n") == errno.EBUSY
-    assert error_of(view / "advisor_mode", b"none") == 0
-    assert error_of(view / "nonsense", b"1") == errno.ENOENT
+        assert error_of(still / name, (still / name).read_bytes()) == 0
+        assert error_of(still / name, other) == errno.EBUSY
+    assert error_of(still / "advisor_mode", b"scan-time\n") == errno.EBUSY
+    assert error_of(still / "advisor_mode", b"none") == 0
+    assert error_of(still / "nonsense", b"1") == errno.ENOENT
 
 
-def test_only_root_may_write_and_everybody_may_read(view):
-    script = f"cat {view}/run && ! echo 1 2>/dev/null > {view}/run && ! echo 1 > {view}/full_scans"
-    done = subprocess.run(["sh", "-c", script], user=65534, group=65534, check=False)
+def test_only_root_may_write_and_everybody_may_read(still):
+    script = (
+        f"cat {still}/run && ! echo 1 2>/dev/null > {still}/run && ! echo 1 > {still}/full_scans"
+    )
+    done = subprocess.run(["sh", "-c", script], cwd=still, user=65534, group=65534, check=False)
     assert done.returncode == 0
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import sys
+
 import pytest
 import varlink
-from harness import PAGE
+from harness import PAGE, run
 
 pytestmark = pytest.mark.root
 
@@ -84,3 +87,32 @@ def test_it_follows_a_stream(client, daemon, puppets):
         puppet.kill()
         (event,) = next(replies)["events"]
         assert (event["event"], event["pid"]) == ("target_gone", puppet.pid)
+
+
+# -- the command that comes with it ----------------------------------------------------------------
+
+
+def tool(*arguments: str):
+    return run(sys.executable, "-m", "varlink.cli", *arguments)
+
+
+def test_the_varlink_command_lists_describes_and_calls(daemon):
+    address = f"unix:{daemon.socket}"
+    assert f"   {CONTROL}\n" in tool("info", address).stdout
+    text = tool("help", f"{address}/{CONTROL}").stdout
+    assert f"interface {CONTROL}\n" in text
+    assert "# Make a shared memory area (KSM_CREATE_SHARED_MEMORY_AREA)" in text
+    done = tool("call", f"{address}/{CONTROL}.GetApiVersion")
+    assert (done.returncode, json.loads(done.stdout)) == (0, {"version": 1})
+    # it does not leave with another code, but says which error it was
+    failed = tool("call", f"{address}/{CONTROL}.Why", json.dumps({"pid": 1}))
+    assert f"{CONTROL}.NotRegistered" in failed.stderr
+
+
+def test_the_varlink_command_is_told_of_every_pass(daemon):
+    method = f"unix:{daemon.socket}/{CONTROL}.Scan"
+    done = tool("call", "-m", method, json.dumps({"wait": True, "until_settled": True}))
+    *passes, last = json.loads("[" + done.stdout.replace("}\n{", "},\n{") + "]")
+    assert passes
+    assert last == passes[-1]
+    assert last["settled"] is True

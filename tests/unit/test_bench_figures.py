@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 
 import numpy as np
@@ -15,6 +16,8 @@ from ksmd.bench.contender import OURS, THEIRS
 from ksmd.bench.model import Costs, Point, Run, mark
 from ksmd.bench.options import parse
 from ksmd.bench.ours import settings
+from ksmd.bench.share import Latency
+from ksmd.bench.share import show as show_latencies
 from ksmd.bench.summary import middle, of_outcome, pause_numbers, percentile, ratio
 from ksmd.bench.victims import parse_ranges
 from ksmd.bench.workloads import WORKLOADS
@@ -166,3 +169,25 @@ def test_a_wrong_option_is_refused_by_the_command_line(wrong: list[str]) -> None
     with pytest.raises(SystemExit) as left:
         parse(wrong)
     assert left.value.code == 2
+
+
+def test_share_measures_three_sizes_unless_it_is_told_others() -> None:
+    assert parse([]).share == ()
+    assert parse(["--share"]).share == (1, 64, 1024)
+    assert parse(["--share", "2, 8"]).share == (2, 8)
+    for wrong in ("0", "-1", "x", "1,,2", ""):
+        with pytest.raises(SystemExit):
+            parse(["--share", wrong])
+
+
+def test_the_table_of_latencies_has_a_line_for_each_size() -> None:
+    found = [
+        Latency(1, 255, (30.0, 10.0, 20.0), (255, 255, 255)),
+        Latency(1024, 262_144, (4000.0,), (131_072,)),
+    ]
+    assert found[0].as_dict()["median_ms"] == 20.0
+    out = console(io.StringIO())
+    out.print(show_latencies(found)[1])
+    lines = [line.split() for line in out.file.getvalue().splitlines()]
+    assert lines[1] == ["1", "20.0", "30.0", "10.0", "30.0", "50", "100.0%"]
+    assert lines[2] == ["1024", "4000.0", "4000.0", "4000.0", "4000.0", "256", "50.0%"]

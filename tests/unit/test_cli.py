@@ -270,6 +270,27 @@ def test_why_fits_and_answers_for_the_page():
     assert "7f0000000000-7ffffffff000" in text.split()
 
 
+class Pages:
+    """A client whose daemon gives ranges ten at a time."""
+
+    def __init__(self, areas: list[dict]) -> None:
+        self._areas = areas
+
+    def call(self, method: str, /, **parameters) -> dict:
+        assert (method, parameters["pid"]) == ("Why", 7)
+        left = [area for area in self._areas if area["start"] >= parameters.get("start", 0)]
+        reply = {**WHY, "areas": left[:10]}
+        return reply | ({"next": left[10]["start"]} if len(left) > 10 else {})
+
+
+@pytest.mark.parametrize("count", [0, 1, 9, 10, 11, 20, 35])
+def test_why_asks_for_every_range_of_a_process_that_has_many(count):
+    areas = [WHY["areas"][0] | {"start": number * 4096} for number in range(count)]
+    reply = why.ask(Pages(areas), 7, None)
+    assert reply["areas"] == areas
+    assert "next" not in reply
+
+
 def test_why_sums_up_what_is_left_alone_and_lists_the_rest():
     text = shown(why.show, WHY, None)
     assert fits(text)

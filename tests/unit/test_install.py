@@ -21,6 +21,7 @@ from ksmd.settings import json_schema, render_default_config
 TOP = Path(ksmd.__file__).parents[1]
 PLACES = {
     "etc/ksmd/ksmd.yaml",
+    "usr/include/ksmd.h",
     "usr/lib/systemd/system/ksmd.service",
     "usr/lib/systemd/system/ksmd.socket",
     "usr/lib/systemd/system/ksmd-exporter.service",
@@ -28,6 +29,8 @@ PLACES = {
     "usr/lib/sysusers.d/ksmd.conf",
     "usr/share/bash-completion/completions/ksmctl",
     "usr/share/bash-completion/completions/ksmd",
+    "usr/share/doc/ksmd/examples/share.c",
+    "usr/share/doc/ksmd/examples/share.py",
     "usr/share/doc/ksmd/seccomp-targets.conf",
     "usr/share/ksmd/ksmd.schema.json",
     "usr/share/man/man1/ksmctl.1",
@@ -216,6 +219,8 @@ def test_a_wheel_carries_units_manual_and_interface(tmp_path: Path) -> None:
     assert len(pages) == 5
     assert pages <= names
     assert {"ksmd/daemon/org.ksmd.Control.varlink", "ksmd/remap/stub.bin"} <= names
+    programs = {"ksmd.h", "examples/share.c", "examples/share.py"}
+    assert {f"ksmd/resources/{name}" for name in programs} <= names
 
 
 @pytest.mark.slow

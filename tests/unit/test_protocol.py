@@ -143,12 +143,20 @@ def test_what_cannot_be_sent_is_refused_by_the_sender(wrong):
         {"method": "a.B", "parameters": []},
         {"method": "a.B", "more": 1},
         {"method": "a.B", "upgrade": True},
+        {"method": "a.B", "upgrade": 0},
+        {"method": None},
         {"parameters": {}},
     ],
 )
 def test_a_malformed_call_is_refused(wrong):
     with pytest.raises(ProtocolError):
         parse_call(wrong)
+
+
+def test_a_call_may_name_every_field_that_varlink_has():
+    bare = {"parameters": None, "more": None, "oneway": False, "upgrade": False}
+    assert parse_call({"method": "a.B", **bare}) == CallMessage("a.B")
+    assert parse_call({"method": "a.B", **bare, "upgrade": None}) == CallMessage("a.B")
 
 
 def test_a_malformed_reply_is_refused():

@@ -210,12 +210,14 @@ def test_who_comes_second_waits_until_the_first_is_done():
     lock = Exclusive()
     first, second = lock.holding(iter("ab")), lock.holding(iter("xy"))
     assert next(first) == "a"
+    assert lock.waiting == 0
     assert isinstance(next(second), float)
+    assert lock.waiting == 1
     assert next(first) == "b"
     assert isinstance(next(second), float)
     assert next(first, None) is None
     assert list(second) == ["x", "y"]
-    assert not lock.taken
+    assert (lock.taken, lock.waiting) == (False, 0)
 
 
 def test_work_that_is_dropped_lets_go():

@@ -1,7 +1,7 @@
 /*
  * A program that has its memory shared: a table that every instance of it holds alike.
  *
- *	cc -o share share.c		(with ksmd.h beside it, or -I where it is)
+ *	cc -o share share.c		(ksmd install puts ksmd.h where the compiler finds it)
  *	./share [SOCKET] [MiB]
  *
  * Start it twice: the second one says how much of its table it shares with the first. A line on
