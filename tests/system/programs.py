@@ -7,7 +7,9 @@ the puppet calls, and the test decides what.
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -236,6 +238,7 @@ exec(code, {"__name__": "__main__"})
 def compiled() -> Path:
     """Build the C example as its head says, where everybody may run it."""
     directory = Path(tempfile.mkdtemp(prefix="ksmd-examples-"))
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
     directory.chmod(0o755)
     result = directory / "share"
     warnings = ["-Wall", "-Wextra", "-Wpedantic", "-Werror"]
