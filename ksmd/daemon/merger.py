@@ -322,19 +322,16 @@ class Merger:
             deadline_ms=self._deadline_ms(target),
             accept_seccomp_risk=target.selected.accept_seccomp_risk,
         )
-        ranges = spans(records[records["op"] != Op.ZERO])
         left_over = target.slot in self._pager.unsettled
-        self._pager.extend(target.slot, ranges)
+        announce(self._pager, target.slot, records)
         done = self._engine.window(
             request,
             target.contexts,
             extent.map.fd_ro if extent is not None else -1,
         )
         # what a window left whose tracer died is settled by the next one that finds no stub at work
-        if done.refused is None:
+        if done.refused is None or not (done.lost or left_over):
             self._pager.settle_all(target.slot)
-        elif not (done.lost or left_over):
-            self._pager.settle(target.slot, ranges)
         now = time.monotonic()
         target.last_window = now
         if done.refused is Reason.GONE:
@@ -454,6 +451,19 @@ class Merger:
             os.close(target.contexts.guard)
             os.close(target.contexts.track)
         target.contexts = None
+
+
+def announce(pager: Pager, slot: int, records: Records) -> None:
+    """Tell the pager of a window before it is opened.
+
+    Until the window is over, children are filled from the store where it maps the store. Not where
+    pages are given back: fork copies that memory anyway, and what the program has dropped of it
+    would come back to life in the child.
+    """
+    mapped = records[(records["op"] == Op.MERGE) | (records["op"] == Op.REMERGE)]
+    pager.extend(slot, spans(mapped))
+    if np.any(records["op"] == Op.UNMERGE):
+        pager.begin_unmerge(slot)
 
 
 def _is_asked(target: Target, asked: Asked) -> bool:

@@ -72,6 +72,7 @@ class _Held:
     owed: Intervals = field(default_factory=Intervals)
     track: int = -1
     about: dict[str, Any] = field(default_factory=dict)
+    unmerging: bool = False
 
     @property
     def fds(self) -> tuple[int, ...]:
@@ -296,8 +297,8 @@ class Pager:
 
     @property
     def unsettled(self) -> list[int]:
-        """Targets with ranges that were announced, and neither confirmed nor taken back."""
-        return [target for target, held in self._held.items() if held.owed]
+        """Targets with a window that was announced, and neither confirmed nor taken back."""
+        return [target for target, held in self._held.items() if held.owed or held.unmerging]
 
     def extend(self, target: int, ranges: Ranges) -> None:
         """Announce ranges before the stop window that merges them."""
@@ -305,6 +306,10 @@ class Pager:
         for start, end in ranges:
             self._held[target].owed.add(start, end)
         self._send_ranges("extend", target, ranges)
+
+    def begin_unmerge(self, target: int) -> None:
+        """Note that a window gives pages back. The pager serves on as before."""
+        self._held[target].unmerging = True
 
     def settle(self, target: int, ranges: Ranges) -> None:
         """Confirm ranges after the stop window: populated, and each VMA had its CONTINUE.
@@ -321,6 +326,7 @@ class Pager:
         What of it was not merged after all needs no record either.
         """
         if target in self._held:
+            self._held[target].unmerging = False
             self._forget("settle", target, list(self._held[target].owed))
 
     def retract(self, target: int, ranges: Ranges) -> None:

@@ -23,6 +23,7 @@ from typing import Any
 import pytest
 
 from ksmd.core.windows import columns
+from ksmd.daemon.merger import announce
 from ksmd.guard.client import Pager
 from ksmd.kernel import libc, memfd, procfs
 from ksmd.kernel.iouring import PinRing
@@ -130,15 +131,18 @@ class Lab:
         deadline_ms: float = DEADLINE_MS,
     ) -> WindowResult:
         """Open one window, as the daemon does."""
-        ranges = [(r.start, r.start + r.length) for r in records if r.op is not Op.ZERO]
         inode = extent.inode if extent else 0
         request = WindowRequest(subject.id, columns(records), inode, deadline_ms)
-        self.pager.extend(subject.slot, ranges)
+        self.announce(subject, records)
         try:
             store = extent.fd_ro if extent else -1
             return self.engine.window(request, subject.contexts, store, fail=fail)
         finally:
-            self.pager.settle(subject.slot, ranges)
+            self.pager.settle_all(subject.slot)
+
+    def announce(self, subject: Subject, records: Sequence[Record]) -> None:
+        """Tell the pager of a window, as the daemon does."""
+        announce(self.pager, subject.slot, columns(records))
 
 
 @pytest.fixture
