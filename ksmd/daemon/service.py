@@ -28,7 +28,7 @@ from ksmd.daemon.unguarded import Rescue
 from ksmd.daemon.unmerger import UnmergeResult
 from ksmd.guard import selftest
 from ksmd.guard.client import Pager
-from ksmd.kernel import capabilities
+from ksmd.kernel import capabilities, procfs
 from ksmd.kernel.features import probe
 from ksmd.kernel.iouring import PinRing
 from ksmd.model.errors import KernelFeatureError, KsmdError, PrivilegeError
@@ -132,6 +132,9 @@ class Service:
         self.loop.give_up_jobs(KsmdError("ksmd is stopping"))
         if self._settings.on_stop == "keep":
             log.warning("stopping with on_stop: keep; merged memory stays guarded by the pager")
+            return 0
+        if self.manager.restarting(own_unit()):
+            log.info("stopping for a restart; merged memory stays guarded by the pager")
             return 0
         failed: list[str] = []
 
@@ -396,6 +399,11 @@ def require_features() -> tuple[Feature, ...]:
             f"{first.without}; `ksmctl features` shows everything",
         )
     return features
+
+
+def own_unit() -> str:
+    """Give the name of the unit that this process runs in, "" outside of any."""
+    return procfs.process_info(os.getpid()).unit
 
 
 def _feature(feature: Feature) -> dict[str, Any]:
