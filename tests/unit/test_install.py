@@ -23,6 +23,7 @@ PLACES = {
     "etc/ksmd/ksmd.yaml",
     "usr/lib/systemd/system/ksmd.service",
     "usr/lib/systemd/system/ksmd.socket",
+    "usr/lib/systemd/system/ksmd-pager.service",
     "usr/lib/systemd/system/ksmd-exporter.service",
     "usr/lib/systemd/system/ksmd-exporter.socket",
     "usr/lib/sysusers.d/ksmd.conf",

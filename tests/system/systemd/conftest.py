@@ -46,9 +46,10 @@ def service(machine: Machine) -> Iterator[Service]:
     if not machine.running:
         return
     machine.run("systemctl", "stop", "ksmd.service", check=False)
-    print(made.journal("--unit=ksmd", "--lines=60"))
+    print(made.journal("--unit=ksmd", "--unit=ksmd-pager", "--lines=80"))
     made.settings("")
-    made.drop_in("ksmd.service", "")
+    for unit in ("ksmd.service", "ksmd-pager.service"):
+        made.drop_in(unit, "")
     machine.run("systemctl", "reset-failed")
 
 

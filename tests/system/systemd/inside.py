@@ -98,8 +98,14 @@ class Service:
         """Send a signal to the main process, or to one of its helpers."""
         self.machine.run("kill", f"-{name}", pid or self.main_pid)
 
+    @property
+    def pager_pid(self) -> int:
+        return int(self.machine.show("ksmd-pager.service", "MainPID"))
+
     def helper(self, comm: str) -> int:
-        """Give the pid of a helper of the main process."""
+        """Give the pid of the pager, or of a helper of the main process."""
+        if comm == "ksmd-pager":
+            return self.pager_pid
         main = self.main_pid
         children = self.machine.run("cat", f"/proc/{main}/task/{main}/children").split()
         named = {self.machine.run("cat", f"/proc/{pid}/comm"): int(pid) for pid in children}
