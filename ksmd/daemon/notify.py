@@ -14,6 +14,7 @@ import os
 import subprocess
 import time
 from collections.abc import Callable, MutableMapping
+from pathlib import Path
 
 from ksmd.kernel import sdnotify
 from ksmd.kernel.sdnotify import Inherited
@@ -22,14 +23,15 @@ log = logging.getLogger(__name__)
 
 _SEND_SECONDS = 1.0
 _ASK_SECONDS = 3.0
-_VARIABLES = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
+_VARIABLES = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "STATE_DIRECTORY")
 
 
 class Manager:
     """The service manager of this process.
 
     ``inherited``: the sockets of our socket units. ``watchdog_secs``: the time within which it
-    wants a sign of life, 0 for none.
+    wants a sign of life, 0 for none. ``state_directory``: what it
+    keeps for the next of us.
     """
 
     def __init__(
@@ -38,8 +40,10 @@ class Manager:
         inherited: tuple[Inherited, ...] = (),
         watchdog_secs: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
+        state_directory: Path | None = None,
     ) -> None:
         self.inherited = inherited
+        self.state_directory = state_directory
         self.watchdog_secs = watchdog_secs
         self._address = address
         self._clock = clock
@@ -56,7 +60,8 @@ class Manager:
         watchdog = 0.0
         if said["WATCHDOG_PID"] in ("", str(os.getpid())):
             watchdog = _number(said["WATCHDOG_USEC"]) / 1e6
-        return cls(said["NOTIFY_SOCKET"], tuple(inherited), watchdog)
+        state = Path(said["STATE_DIRECTORY"]) if said["STATE_DIRECTORY"] else None
+        return cls(said["NOTIFY_SOCKET"], tuple(inherited), watchdog, state_directory=state)
 
     @property
     def present(self) -> bool:

@@ -17,6 +17,7 @@ from ksmd.daemon import listening, report
 from ksmd.daemon.access import denied
 from ksmd.daemon.adopt import Adoption, find_pager
 from ksmd.daemon.connection import Call, CallError
+from ksmd.daemon.continuity import LedgerFile
 from ksmd.daemon.control import ControlServer
 from ksmd.daemon.loop import Job, Loop, watch_pid
 from ksmd.daemon.notify import Manager
@@ -84,6 +85,9 @@ class Service:
         targets = Targets(settings, settings.resolved_tables(pages), ring, self._pager)
         targets.ours |= {self._pager.pid, self._engine.pid}
         self.pipeline = Pipeline(targets, self._engine, self._pager)
+        state = self.manager.state_directory
+        self._counters = LedgerFile(state, self.pipeline.ledger, procfs.boot_id())
+        self._counters.restore()
         self.loop = Loop(
             self._background, self._may_scan, self._settled, self._housekeep, self._on_signal
         )
@@ -126,6 +130,7 @@ class Service:
             self._engine.close()
             self._pager.close()
             self.loop.close()
+            self._counters.save()
 
     def _leave(self) -> int:
         """Unmerge on the way out (on_stop); what cannot be given back keeps its guard."""
@@ -183,6 +188,7 @@ class Service:
 
     def _housekeep(self) -> None:
         self._pager.pump()
+        self._counters.keep()
         if self.pipeline.accounting.owes_memory and not (self.loop.busy or self._may_scan()):
             # no pass comes to try it again
             self._do("release", (0.0 for _ in self.pipeline.accounting.recount()))

@@ -147,11 +147,13 @@ def test_what_the_manager_said_is_not_passed_on_to_children() -> None:
     environ = {
         "NOTIFY_SOCKET": "/run/x", "WATCHDOG_USEC": "2000000", "WATCHDOG_PID": str(os.getpid()),
         "LISTEN_FDS": "0", "LISTEN_PID": str(os.getpid()), "LISTEN_FDNAMES": "", "HOME": "/root",
+        "STATE_DIRECTORY": "/var/lib/x",
     }  # fmt: skip
     told = Manager.take(environ)
     assert environ == {"HOME": "/root"}
     assert told.present
     assert told.watchdog_secs == 2.0
+    assert told.state_directory == Path("/var/lib/x")
 
 
 def test_what_is_meant_for_another_process_is_not_taken() -> None:

@@ -65,11 +65,12 @@ def test_its_sandbox_is_that_of_ksmd() -> None:
 def test_a_restart_of_ksmd_leaves_all_merged_and_the_pager_untouched(
     service: Service, pair: Pair
 ) -> None:
-    service.settle()
+    counted = service.settle()["full_scans"]
     pager, main = service.pager_pid, service.main_pid
     assert merged(pair)
     service.machine.run("systemctl", "restart", "ksmd.service")
     assert merged(pair)  # although on_stop is unmerge
+    assert service.status()["full_scans"] >= counted >= 1  # as if nothing had happened
     assert guarded(pair)
     assert knows_what_is_merged(service)
     assert service.pager_pid == pager

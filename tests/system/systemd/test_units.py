@@ -103,6 +103,9 @@ def test_merging_works_inside_exactly_the_sandbox_of_the_unit(service: Service, 
     assert right(pair)
     assert pair[0].ask("write 5") == "done"
     assert guarded(pair)
+    for one in pair:  # and the journal tells of it, by field
+        line = service.journal(f"KSMD_TARGET_PID={one.pid}", "KSMD_EVENT=merged")
+        assert re.search(rf"^pid {one.pid} \(victims\): merging, \d+ pages so far$", line)
     # DAC_OVERRIDE, IPC_LOCK, SYS_PTRACE, SYS_ADMIN, SYS_NICE
     allowed = sum(1 << bit for bit in (1, 14, 19, 21, 23))
     effective = dict.fromkeys((service.main_pid, service.helper("ksmd-tracer")), allowed)
