@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--give-back",
         action="store_true",
-        help="give back all that the pager guards, while no ksmd runs; exit code 1: not all of it",
+        help="instead, give back all that the pager guards; exit code 1: something is left",
     )
 
 

@@ -195,7 +195,7 @@ class Pager:
             _, _, fds = channel.receive(self._door)
             self._hand_over(fds)
         except Exception as error:  # as in _call
-            print(f"ksmd-pager: nobody could be let in: {error}", file=sys.stderr, flush=True)
+            settle.complain(f"nobody could be let in: {error}")
         for left in fds:
             os.close(left)
 
@@ -428,7 +428,7 @@ def main(arguments: list[str]) -> int:
         pager = Pager(door.build(), Stored(os.environ.pop("NOTIFY_SOCKET", ""), inherited))
         pager.heed_term()
         for failed in settle.in_place():
-            print(f"ksmd-pager: {failed}", file=sys.stderr, flush=True)
+            settle.complain(failed)
         pager.stand("".join(arguments[1:]))
     else:
         fd = door.moved(int(first))

@@ -1,4 +1,4 @@
-"""The pager settles in: a name, no signal that ends it, descriptors, memory that stays."""
+"""The pager settles in: a name, no signal that ends it, memory that stays; and how it speaks."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import gc
 import os
 import resource
 import signal
+import sys
 from collections.abc import Callable
 
 from ksmd.kernel import libc
@@ -13,6 +14,12 @@ from ksmd.kernel import libc
 COMM = "ksmd-pager"
 OOM_SCORE_ADJ = -900
 MCL_ONFAULT = 4  # include/uapi/asm-generic/mman.h, Linux 4.4
+
+
+def complain(text: str) -> None:
+    """Write a line to stderr, with its priority (sd-daemon(3)) where that leads to the journal."""
+    prefix = "<4>" if "JOURNAL_STREAM" in os.environ else ""
+    print(f"{prefix}ksmd-pager: {text}", file=sys.stderr, flush=True)
 
 
 def _write(path: str, text: str) -> None:

@@ -19,7 +19,6 @@ import contextlib
 import errno
 import json
 import os
-import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -27,6 +26,7 @@ from typing import Any
 from ksmd.guard.context import Context
 from ksmd.guard.intervals import Intervals
 from ksmd.guard.keeper import Keeper
+from ksmd.guard.settle import complain
 from ksmd.guard.watch import Watch
 from ksmd.kernel import sdnotify
 from ksmd.kernel.sdnotify import Inherited
@@ -173,10 +173,16 @@ class Stored:
         """Note a message that changed what is held."""
         if self._notes is None:
             return
-        if self._notes.long:
-            self._notes.rewrite(self.all())
-        else:
-            self._notes.append(header)
+        try:
+            if self._notes.long:
+                self._notes.rewrite(self.all())
+            else:
+                self._notes.append(header)
+        except OSError as error:  # out of memory: the guard goes on, and notes with gaps are none
+            complain(f"no notes any more: {error}")
+            self._notes = None
+            for name in _FILES:
+                self._forget(name)
 
     def flush(self) -> bool:
         """Send what the manager did not take yet; tell whether it has all."""
@@ -187,7 +193,7 @@ class Stored:
             except OSError as error:
                 if error.errno in _LATER:
                     return False
-                print(f"ksmd-pager: the service manager: {error}", file=sys.stderr, flush=True)
+                complain(f"the service manager was not told {text.partition(chr(10))[0]}: {error}")
             self._queue.popleft()
         return True
 
@@ -218,8 +224,11 @@ class Stored:
         # first what keeps the store in place, then who answers faults on it
         for inode, (about, parts) in noted.extents.items():
             if (fd := fds.pop(f"extent-{inode}", -1)) >= 0:
-                for offset, length in parts.items():
-                    keeper.keep(fd, offset, length, about)
+                try:
+                    for offset, length in parts.items():
+                        keeper.keep(fd, offset, length, about)
+                except OSError as error:  # who maps it must be guarded in any case
+                    complain(f"part of an extent is not locked: {error}")
                 os.close(fd)
         for target, (owed, about) in noted.targets.items():
             guard, track = fds.pop(f"guard-{target}", -1), fds.pop(f"track-{target}", -1)

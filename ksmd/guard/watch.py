@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import os
 import select
-import sys
 import time
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 from ksmd.guard.context import Answer, Context, Counters, State
+from ksmd.guard.settle import complain
 from ksmd.kernel import userfaultfd
 
 #: Requests per turn spent on filling one child.
@@ -286,11 +286,7 @@ class Watch:
         if not self._starving:
             self.starved += 1
             self._starving_until = time.monotonic()
-            print(
-                f"ksmd-pager: a target's fork waits: {error.strerror}; {self.live} contexts held",
-                file=sys.stderr,
-                flush=True,
-            )
+            complain(f"a target's fork waits: {error.strerror}; {self.live} contexts held")
         if context not in self._starving:
             self._starving.append(context)
             # it stays readable; without this the loop would spin

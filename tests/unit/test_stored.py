@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import select
+import socket
 
 import pytest
 
+from ksmd.guard.context import Context, Counters
 from ksmd.guard.intervals import Intervals
-from ksmd.guard.stored import REWRITE, Noted, Notes
+from ksmd.guard.keeper import Keeper
+from ksmd.guard.stored import REWRITE, Noted, Notes, Stored
+from ksmd.guard.watch import Watch
 
 GUARD = {"do": "guard", "id": 7, "ranges": [[4096, 8192]], "about": {"pid": 1}}
 
@@ -92,3 +98,53 @@ def test_messages_come_to_what_is_held() -> None:
     assert noted.highest == 9  # also of what is gone: no number is used twice
     assert noted.targets == {7: (Intervals([(12288, 20480)]), {"pid": 1})}
     assert noted.extents == {5: ({"number": 1}, {0: 4096, 4096: 4096})}
+
+
+def test_without_memory_for_notes_the_guard_goes_on_and_what_has_gaps_is_not_kept(
+    tmp_path, monkeypatch, capsys
+) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as end, select.epoll() as epoll:
+        end.bind(str(tmp_path / "notify"))
+        stored = Stored(str(tmp_path / "notify"))
+        stored.restore(Watch(epoll, lambda: None, stored), Keeper())
+        assert stored.flush()
+        told = [end.recv(200).decode().splitlines()[-1] for _ in range(2)]
+        assert told == ["FDNAME=notes-0", "FDNAME=notes-1"]
+
+        def full(fd: int, data: bytes, at: int) -> int:
+            raise OSError(errno.ENOSPC, "full")
+
+        monkeypatch.setattr(os, "pwrite", full)
+        for _ in range(2):
+            stored.note(GUARD)
+        assert stored.flush()
+        told = [end.recv(200).decode() for _ in range(2)]
+        assert told == [f"FDSTOREREMOVE=1\nFDNAME=notes-{number}" for number in (0, 1)]
+    assert capsys.readouterr().err.count("no notes any more") == 1
+
+
+def test_a_manager_that_does_not_read_is_told_later_and_never_what_was_closed_since(
+    tmp_path,
+) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as end:
+        end.bind(str(tmp_path / "notify"))
+        stored = Stored(str(tmp_path / "notify"))
+        contexts = [Context(os.dup(0), number, 0, Counters()) for number in range(2000)]
+        for context in contexts:
+            stored.hold(context)
+        assert not stored.flush()  # its queue takes fewer
+        last = contexts.pop()
+        stored.let_go(last)
+        os.close(last.fd)
+        end.settimeout(0.2)
+        seen = []
+        while not stored.flush() or len(seen) < 2000:
+            text, fds, _, _ = socket.recv_fds(end, 200, 1)
+            seen.append(text.decode().splitlines())
+            for fd in fds:
+                os.close(fd)
+        assert [lines[-1] for lines in seen[:3]] == [f"FDNAME=guard-{n}" for n in range(3)]
+        assert seen[-1] == ["FDSTOREREMOVE=1", "FDNAME=guard-1999"]
+        assert len(seen) == 2000
+        for context in contexts:
+            os.close(context.fd)
