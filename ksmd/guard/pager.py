@@ -48,6 +48,7 @@ import select
 import signal
 import socket
 import sys
+import time
 from collections import deque
 from collections.abc import Iterator
 from typing import Any
@@ -63,6 +64,7 @@ from ksmd.model.units import PAGE_SIZE
 _SOON = 0.001  # s: the sender of an event has to run on
 _LATER = 0.02  # s: the owner does not read, or a descriptor has to come free
 _SWEEP = 2.0  # s: idle sweeps for dead children
+_SILENCE = 1.0  # s: when we were told to leave, a daemon that says nothing needs us no more
 _GONE_KEYS = 500  # per message
 
 
@@ -100,6 +102,7 @@ class Pager:
         self._wake = socket.socketpair()
         self._standing = False
         self._dismissed = False
+        self._heard = 0.0
         self._leaving = False
         self._unsent = False
 
@@ -137,7 +140,7 @@ class Pager:
 
     def _run(self) -> None:
         self._send()
-        while self._watch.live or self._standing or (self._lines and not self._dismissed):
+        while self._watch.live or self._standing or self._wanted:
             calls = []
             for fd, _ in self._poll():
                 if fd in self._watch:
@@ -157,6 +160,13 @@ class Pager:
             if not (self._lines or self._watch.live) and self._keeper.busy:
                 self._let_all_go()  # as if we had left: nobody maps it
 
+    @property
+    def _wanted(self) -> bool:
+        """Whether a daemon is there; when we were told to leave, one that has not fallen silent."""
+        return bool(self._lines) and not (
+            self._dismissed and time.monotonic() - self._heard > _SILENCE
+        )
+
     def _poll(self) -> list[tuple[int, int]]:
         if self._watch.eager:
             return self._epoll.poll(0)
@@ -164,6 +174,8 @@ class Pager:
             return self._epoll.poll(_SOON)
         if self._unsent or self._watch.starving:
             return self._epoll.poll(_LATER)
+        if self._dismissed and not self._watch.live:
+            return self._epoll.poll(_SILENCE)
         if not self._watch.live or (self._lines and self._watch.live == self._watch.contexts):
             return self._epoll.poll()
         ready = self._epoll.poll(_SWEEP)
@@ -210,6 +222,7 @@ class Pager:
         if line is None:
             return
         fds: list[int] = []
+        self._heard = time.monotonic()
         try:
             header, _, fds = channel.receive(line.end)
             answer: dict[str, Any] = {"ok": True, **self._answer(line, header, fds)}
