@@ -188,7 +188,8 @@ class Pager:
         """Learn what the service manager alone still held (children), and have all let go there."""
         targets, extents = set(self._held), set(self._kept)
         self._ask({"do": "claim"})
-        while self.stats()["untold"]:
+        deadline = time.monotonic() + DEADLINE
+        while self.stats()["untold"] and time.monotonic() < deadline:
             pass
         self._ask({"do": "clear"})
         for target in set(self._held) - targets:  # dropped while there was no pager

@@ -104,8 +104,8 @@ def test_merging_works_inside_exactly_the_sandbox_of_the_unit(service: Service, 
     assert pair[0].ask("write 5") == "done"
     assert guarded(pair)
     for one in pair:  # and the journal tells of it, by field
-        line = service.journal(f"KSMD_TARGET_PID={one.pid}", "KSMD_EVENT=merged")
-        assert re.search(rf"^pid {one.pid} \(victims\): merging, \d+ pages so far$", line)
+        told = service.journal(f"KSMD_TARGET_PID={one.pid}", "KSMD_EVENT=merged").splitlines()
+        assert re.fullmatch(rf"pid {one.pid} \(victims\): merging, \d+ pages so far", told[-1])
     # DAC_OVERRIDE, IPC_LOCK, SYS_PTRACE, SYS_ADMIN, SYS_NICE
     allowed = sum(1 << bit for bit in (1, 14, 19, 21, 23))
     effective = dict.fromkeys((service.main_pid, service.helper("ksmd-tracer")), allowed)
@@ -300,7 +300,7 @@ def test_the_exporter_serves_the_counters_without_privilege_or_network(
 
 
 @pytest.fixture
-def filtered(machine: Machine):
+def filtered(machine: Machine, service: Service):
     """Two victims that a seccomp filter confines, as transient services; their pids."""
     names = ["filtered-a.service", "filtered-b.service"]
     for name in names:
@@ -309,6 +309,7 @@ def filtered(machine: Machine):
             *(f"--unit={name}", "--property=User=nobody", "--property=SystemCallFilter=~@mount"),
             *("/opt/ksmd/bin/python", "-I", "/run/test/victim.py", PAGES, "alone"),
         )
+    service.settings(SETTINGS.replace("victim\\.py", "victim\\.py .* alone"))
     yield [int(machine.show(name, "MainPID")) for name in names]
     machine.run("systemctl", "stop", *names)
 
