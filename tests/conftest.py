@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,16 @@ def kernel_settings_as_found() -> Iterator[None]:
     for path in changed:
         path.write_text(_value(before[path]))
     assert not changed, f"a test left other kernel settings: {changed}"
+
+
+@pytest.fixture(scope="session")
+def debian_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Build the Debian package, once."""
+    script = Path(__file__).parents[1] / ".ci/deb"
+    command = [script, tmp_path_factory.mktemp("package")]
+    build = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert build.returncode == 0, build.stderr
+    return Path(build.stdout.splitlines()[-1])
 
 
 StartVictim = Callable[..., Victim]

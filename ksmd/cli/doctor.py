@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from ksmd.cli import features as features_verb
 from ksmd.cli import render
 from ksmd.cli.common import console, print_json
 from ksmd.client import Client, DaemonUnavailableError
+from ksmd.guard import door
 from ksmd.kernel import ksm, risks, rivals
 from ksmd.kernel.rivals import Running
 from ksmd.model.errors import Exit, KsmdError, PrivilegeError
@@ -61,7 +62,8 @@ def run(args: argparse.Namespace) -> int:
     found = list(of_features(features_verb.probe()))
     found += of_settings(args.config)
     found += of_daemon(args.socket)
-    found += of_rivals(rivals.running())
+    stand = set(door.standing())
+    found += of_rivals([replace(one, standing=one.pid in stand) for one in rivals.running()])
     if args.json:
         print_json({"findings": [asdict(one) for one in found], "exit_code": exit_code(found)})
     else:
@@ -217,7 +219,8 @@ def of_rivals(found: Sequence[Running]) -> Iterator[Finding]:
             "stop all but one",
         )
     known = {one.pid for one in daemons}
-    left = [one for one in found if one.comm == rivals.PAGER_COMM and one.parent not in known]
+    pagers = [one for one in found if one.comm == rivals.PAGER_COMM and not one.standing]
+    left = [one for one in pagers if one.parent not in known]
     for one in left:
         yield Finding(
             "warning",

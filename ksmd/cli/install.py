@@ -25,7 +25,13 @@ from ksmd.model.errors import Exit, KsmdError, PrivilegeError, UsageError
 
 HELP = "place units, default settings, manual pages, completions and the C header"
 
-UNITS = ("ksmd.service", "ksmd.socket", "ksmd-exporter.service", "ksmd-exporter.socket")
+UNITS = (
+    "ksmd.service",
+    "ksmd.socket",
+    "ksmd-pager.service",
+    "ksmd-exporter.service",
+    "ksmd-exporter.socket",
+)
 PROGRAM_IN_UNITS = "/usr/bin/ksmd"
 CONFIG = Path("etc/ksmd/ksmd.yaml")
 _ELSEWHERE = "install ksmd elsewhere, as into a virtual environment in /opt, and run that one"

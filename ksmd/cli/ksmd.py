@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from types import ModuleType
 
 import ksmd
-from ksmd.cli import demo, exporter, install, run, uninstall
+from ksmd.cli import demo, exporter, install, pager, run, uninstall
 from ksmd.cli.common import guarded
 
 VERBS: dict[str, ModuleType] = {
     "run": run,
     "demo": demo,
+    "pager": pager,
     "exporter": exporter,
     "install": install,
     "uninstall": uninstall,

@@ -1,7 +1,7 @@
 """``ksmd uninstall``: remove what ``ksmd install`` placed.
 
 Settings that were changed since stay, and so does conf.d while there is a file in it. Stop the
-service first: systemctl disable --now ksmd.service ksmd.socket.
+services first: systemctl disable --now ksmd.service ksmd.socket; systemctl stop ksmd-pager.service.
 """
 
 from __future__ import annotations

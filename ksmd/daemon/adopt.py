@@ -28,7 +28,8 @@ from ksmd.daemon.journal import fields
 from ksmd.daemon.pipeline import Pipeline
 from ksmd.daemon.state import Target
 from ksmd.guard import door
-from ksmd.guard.client import KeptExtent, Pager, PagerGoneError, PagerRefusedError
+from ksmd.guard.client import Pager, PagerGoneError, PagerRefusedError
+from ksmd.guard.held import KeptExtent
 from ksmd.kernel import memfd, procfs, userfaultfd
 from ksmd.kernel.iouring import PinRing
 from ksmd.model.errors import KsmdError, TargetGoneError
@@ -45,24 +46,41 @@ _SETTLE_SECS = 5.0
 _PAUSE_SECS = 0.1
 
 
-def find_pager(name: str) -> Pager | None:
-    """Take over the pager that an earlier daemon with the same control socket left, if any.
+def find_pager(name: str, patience: float = _PATIENCE_SECS) -> Pager | None:
+    """Take over the pager that stands by for us, or that an earlier daemon left, if any.
 
-    KsmdError when the earlier daemon lives.
+    The name of both is the control socket's path. KsmdError when the earlier daemon lives, and has
+    done so for *patience* seconds.
     """
+    found = []
     for pid in door.pagers(name):
         try:
-            pager = _claim(pid, name)
+            pager = _claim(pid, name, patience)
         except PagerGoneError as error:
             log.error("the pager %d of an earlier daemon is left alone: %s", pid, error)
             continue
         if pager is not None:
-            return pager
-    return None
+            found.append(pager)
+    if not found:
+        return None
+    # one that holds something, before one that only stands by
+    found.sort(key=lambda pager: (bool(pager.ids), pager.standing), reverse=True)
+    first, *others = found
+    for other in others:
+        if other.ids:
+            log.error(
+                "the pager %d guards %d more targets, until they end", other.pid, len(other.ids)
+            )
+        other.leave()
+    if not first.standing and any(other.standing and not other.ids for other in others):
+        log.info("what the pager %d guards goes to the one that stands by itself", first.pid)
+        first.standing = True
+        first.restart()
+    return first
 
 
-def _claim(pid: int, name: str) -> Pager | None:
-    deadline = time.monotonic() + _PATIENCE_SECS
+def _claim(pid: int, name: str, patience: float) -> Pager | None:
+    deadline = time.monotonic() + patience
     while (end := door.knock(pid)) is not None:
         try:
             return Pager.adopt(end, name)
@@ -89,6 +107,7 @@ class Adoption:
         self._unverified: list[tuple[Extent, ExtentLabel]] = []
         self._unwanted: list[Target] = []
         self._left: set[int] = set()  # inodes of extents that could not be adopted
+        self._unpinned: list[Extent] = []
         self._ring = ring
 
     # -- at once ------------------------------------------------------------------------------
@@ -114,6 +133,8 @@ class Adoption:
             target.broken = sys.maxsize  # what was written before our time is no news
         for _ in self._pipeline.accounting.recount():
             pass
+        if not (self._targets.by_slot or self._unverified):
+            return
         sharing = self._pipeline.accounting.sharing
         log.warning(
             "adopted what an earlier ksmd left: %d targets, %d extents; %d pages share %d",
@@ -129,8 +150,9 @@ class Adoption:
         try:
             extent = self._targets.adopt_extent(label, place)
         except KeyError:
-            memfd.release(place)
-            raise KsmdError(f"extent {label.number} is pinned by an unknown ring") from None
+            # pager and daemon died at once, and the service manager kept the rest
+            extent = self._targets.adopt_extent(replace(label, pins=[]), place)
+            self._unpinned.append(extent)
         self._pipeline.merger.reserve(label.number)
         self._unverified.append((extent, label))
         if kept.length != label.npages << PAGE_SHIFT:  # the daemon died while it told of it
@@ -246,6 +268,17 @@ class Adoption:
         """Compute new checksums and compare digests; give the extents that are not as they were."""
         broken = []
         for extent, label in self._unverified:
+            if extent in self._unpinned:
+                broken.append(extent)
+                log.error(
+                    "extent %d of domain %s (%d pages) lost its pins when pager and daemon were"
+                    " killed at once: who maps it gets pages of his own",
+                    label.number,
+                    label.domain,
+                    label.npages,
+                    extra=fields(domain=label.domain),
+                )
+                continue
             sound = yield from self._verify_one(extent, label)
             if not sound:
                 broken.append(extent)

@@ -17,7 +17,7 @@ import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from ksmd.daemon.notify import Inherited
+from ksmd.kernel.sdnotify import Inherited
 from ksmd.model.errors import KsmdError, PrivilegeError, UsageError
 
 #: FileDescriptorName= of the control socket in its socket unit.

@@ -1,6 +1,6 @@
-"""Talk to the service manager: sd_notify(3), the watchdog, stored and inherited descriptors.
+"""Talk to the service manager: sd_notify(3), the watchdog, inherited sockets.
 
-Pure standard library, and one class that does nothing where no manager listens, so that callers
+One class that does nothing where no manager listens, so that callers
 never ask. What the manager said in the environment is taken out of it: the pager and the tracer
 must not speak for the daemon.
 
@@ -9,43 +9,29 @@ No call waits long or raises: a manager that is busy must not stop the daemon th
 
 from __future__ import annotations
 
-import array
-import fcntl
 import logging
 import os
-import socket
+import subprocess
 import time
 from collections.abc import Callable, MutableMapping
-from dataclasses import dataclass
+from pathlib import Path
+
+from ksmd.kernel import sdnotify
+from ksmd.kernel.sdnotify import Inherited
 
 log = logging.getLogger(__name__)
 
-#: The first inherited descriptor, SD_LISTEN_FDS_START.
-_FIRST_FD = 3
 _SEND_SECONDS = 1.0
-_VARIABLES = (
-    "NOTIFY_SOCKET",
-    "WATCHDOG_USEC",
-    "WATCHDOG_PID",
-    "LISTEN_FDS",
-    "LISTEN_PID",
-    "LISTEN_FDNAMES",
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Inherited:
-    """A descriptor that the manager gave us: the name that the unit, or we, gave it."""
-
-    name: str
-    fd: int
+_ASK_SECONDS = 3.0
+_VARIABLES = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "STATE_DIRECTORY")
 
 
 class Manager:
     """The service manager of this process.
 
-    ``inherited``: the sockets of our socket units and what we had stored with :meth:`store` before
-    a restart. ``watchdog_secs``: the time within which it wants a sign of life, 0 for none.
+    ``inherited``: the sockets of our socket units. ``watchdog_secs``: the time within which it
+    wants a sign of life, 0 for none. ``state_directory``: what it
+    keeps for the next of us.
     """
 
     def __init__(
@@ -54,10 +40,12 @@ class Manager:
         inherited: tuple[Inherited, ...] = (),
         watchdog_secs: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
+        state_directory: Path | None = None,
     ) -> None:
         self.inherited = inherited
+        self.state_directory = state_directory
         self.watchdog_secs = watchdog_secs
-        self._address = "\0" + address[1:] if address.startswith("@") else address
+        self._address = address
         self._clock = clock
         self._fed = float("-inf")
         self._status = ""
@@ -66,13 +54,14 @@ class Manager:
     def take(cls, environ: MutableMapping[str, str]) -> Manager:
         """Read what the manager says, and take it out of *environ*. Call it once, at the start."""
         said = {name: environ.pop(name, "") for name in _VARIABLES}
-        inherited: tuple[Inherited, ...] = ()
-        if said["LISTEN_PID"] == str(os.getpid()):
-            inherited = _inherited(_number(said["LISTEN_FDS"]), said["LISTEN_FDNAMES"])
+        inherited, absent = sdnotify.take_inherited(environ)
+        for fd in absent:
+            log.warning("the service manager promised descriptor %d, which is not open", fd)
         watchdog = 0.0
         if said["WATCHDOG_PID"] in ("", str(os.getpid())):
             watchdog = _number(said["WATCHDOG_USEC"]) / 1e6
-        return cls(said["NOTIFY_SOCKET"], inherited, watchdog)
+        state = Path(said["STATE_DIRECTORY"]) if said["STATE_DIRECTORY"] else None
+        return cls(said["NOTIFY_SOCKET"], tuple(inherited), watchdog, state_directory=state)
 
     @property
     def present(self) -> bool:
@@ -109,43 +98,36 @@ class Manager:
         """Ask for *seconds* more, from now, before a start or a stop counts as hanging."""
         self._send(f"EXTEND_TIMEOUT_USEC={int(seconds * 1e6)}")
 
-    def store(self, name: str, fd: int) -> None:
-        """Have the manager keep a duplicate of *fd* beyond our death; it comes back inherited.
+    def restarting(self, unit: str) -> bool:
+        """Tell whether *unit*, which is being stopped, is to be started again at once.
 
-        *name* has at most 255 printable characters without a colon.
+        The manager tells it only to who asks, over D-Bus; no answer counts as no.
         """
-        self._send(f"FDSTORE=1\nFDPOLL=0\nFDNAME={name}", fd)
+        if not self.present or not unit:
+            return False
+        command = ["systemctl", "list-jobs", "--no-legend", "--no-pager", unit]
+        try:
+            told = subprocess.run(
+                command,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                timeout=_ASK_SECONDS,
+                check=True,
+            ).stdout
+        except (OSError, subprocess.SubprocessError) as error:
+            log.info("whether this is a restart could not be asked: %s", error)
+            return False
+        # job, unit, type, state
+        return any(line.split()[1:3] == [unit, "restart"] for line in told.splitlines())
 
-    def forget(self, name: str) -> None:
-        """Have the manager close what was stored under *name*."""
-        self._send(f"FDSTOREREMOVE=1\nFDNAME={name}")
-
-    def _send(self, text: str, fd: int = -1) -> None:
+    def _send(self, text: str) -> None:
         if not self._address:
             return
-        rights = [] if fd < 0 else [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
         try:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as end:
-                end.settimeout(_SEND_SECONDS)
-                end.connect(self._address)
-                end.sendmsg([text.encode(errors="replace")], rights)
+            sdnotify.send(self._address, text, seconds=_SEND_SECONDS)
         except OSError as error:
             log.warning("the service manager was not told %r: %s", text.partition("=")[0], error)
-
-
-def _inherited(count: int, names: str) -> tuple[Inherited, ...]:
-    named = names.split(":") if names else []
-    found = []
-    for index in range(count):
-        fd = _FIRST_FD + index
-        try:
-            flags = fcntl.fcntl(fd, fcntl.F_GETFD)
-            fcntl.fcntl(fd, fcntl.F_SETFD, flags | fcntl.FD_CLOEXEC)
-        except OSError:
-            log.warning("the service manager promised descriptor %d, which is not open", fd)
-            continue
-        found.append(Inherited(named[index] if index < len(named) else "unknown", fd))
-    return tuple(found)
 
 
 def _number(text: str) -> int:

@@ -17,13 +17,15 @@ from typing import Any
 from ksmd.core.scope import Ranges
 from ksmd.daemon.access import denied
 from ksmd.daemon.allowance import SHARE, Allowance
+from ksmd.daemon.chronicle import Chronicle
 from ksmd.daemon.connection import Call, CallError
 from ksmd.daemon.events import Events
 from ksmd.daemon.pipeline import Pipeline
-from ksmd.daemon.registry import Process, Region, Registry, Wish
+from ksmd.daemon.registry import NAME, Process, Region, Registry, Wish
 from ksmd.daemon.releases import Releases
 from ksmd.daemon.report import named
 from ksmd.daemon.scanners import Outcome, Scanners
+from ksmd.daemon.state import Target
 from ksmd.daemon.tuning import FLAG_RUN
 from ksmd.daemon.turns import Turn, Turns
 from ksmd.kernel import peer, procfs
@@ -63,7 +65,12 @@ class Programs:
         self._events = Events()
         self._taking_up: set[TargetId] = set()
         self._targets.registered = self.registry.selected
-        self._targets.tell = self._events.tell
+        self._chronicle = Chronicle(NAME)
+        self._targets.tell = self._tell
+
+    def _tell(self, kind: str, target: Target, pages: int = 0, reason: str = "") -> None:
+        self._chronicle.note(kind, target, pages)
+        self._events.tell(kind, target, pages, reason)
 
     def closed(self, connection: int) -> None:
         """Forget all that belonged to a connection that has ended."""

@@ -17,6 +17,7 @@ from ksmd.daemon import listening, report
 from ksmd.daemon.access import denied
 from ksmd.daemon.adopt import Adoption, find_pager
 from ksmd.daemon.connection import Call, CallError
+from ksmd.daemon.continuity import LedgerFile
 from ksmd.daemon.control import ControlServer
 from ksmd.daemon.loop import Job, Loop, watch_pid
 from ksmd.daemon.notify import Manager
@@ -28,7 +29,7 @@ from ksmd.daemon.unguarded import Rescue
 from ksmd.daemon.unmerger import UnmergeResult
 from ksmd.guard import selftest
 from ksmd.guard.client import Pager
-from ksmd.kernel import capabilities
+from ksmd.kernel import capabilities, procfs
 from ksmd.kernel.features import probe
 from ksmd.kernel.iouring import PinRing
 from ksmd.model.errors import KernelFeatureError, KsmdError, PrivilegeError
@@ -84,6 +85,9 @@ class Service:
         targets = Targets(settings, settings.resolved_tables(pages), ring, self._pager)
         targets.ours |= {self._pager.pid, self._engine.pid}
         self.pipeline = Pipeline(targets, self._engine, self._pager)
+        state = self.manager.state_directory
+        self._counters = LedgerFile(state, self.pipeline.ledger, procfs.boot_id())
+        self._counters.restore()
         self.loop = Loop(
             self._background,
             self._may_scan,
@@ -131,12 +135,16 @@ class Service:
             self._engine.close()
             self._pager.close()
             self.loop.close()
+            self._counters.save()
 
     def _leave(self) -> int:
         """Unmerge on the way out (on_stop); what cannot be given back keeps its guard."""
         self.loop.give_up_jobs(KsmdError("ksmd is stopping"))
         if self._settings.on_stop == "keep":
             log.warning("stopping with on_stop: keep; merged memory stays guarded by the pager")
+            return 0
+        if self.manager.restarting(own_unit()):
+            log.info("stopping for a restart; merged memory stays guarded by the pager")
             return 0
         failed: list[str] = []
 
@@ -185,6 +193,7 @@ class Service:
 
     def _housekeep(self) -> None:
         self._pager.pump()
+        self._counters.keep()
         if self.pipeline.accounting.owes_memory and not (self.loop.busy or self._may_scan()):
             # no pass comes to try it again
             self._do("release", (0.0 for _ in self.pipeline.accounting.recount()))
@@ -401,6 +410,11 @@ def require_features() -> tuple[Feature, ...]:
             f"{first.without}; `ksmctl features` shows everything",
         )
     return features
+
+
+def own_unit() -> str:
+    """Give the name of the unit that this process runs in, "" outside of any."""
+    return procfs.process_info(os.getpid()).unit
 
 
 def _feature(feature: Feature) -> dict[str, Any]:

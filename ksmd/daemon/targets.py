@@ -19,7 +19,8 @@ from ksmd.core.selection import Selected, select, united
 from ksmd.core.tables import PageTables
 from ksmd.daemon.bequest import ExtentLabel
 from ksmd.daemon.state import Domain, Mapping, Target, Tell
-from ksmd.guard.client import KeptExtent, Pager
+from ksmd.guard.client import Pager
+from ksmd.guard.held import KeptExtent
 from ksmd.kernel import procfs
 from ksmd.kernel.iouring import PinRing
 from ksmd.kernel.memfd import ExtentMap

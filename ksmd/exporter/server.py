@@ -16,8 +16,8 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 from prometheus_client import CollectorRegistry, make_wsgi_app
 
 from ksmd.client import Client
-from ksmd.daemon.notify import Inherited
 from ksmd.exporter.metrics import StatusCollector
+from ksmd.kernel.sdnotify import Inherited
 from ksmd.model.errors import KsmdError, PrivilegeError, UsageError
 
 log = logging.getLogger(__name__)

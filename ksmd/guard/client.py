@@ -19,14 +19,13 @@ import select
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from typing import Any
 
 from ksmd import __version__
 from ksmd.guard import door
+from ksmd.guard.held import Held, KeptExtent
 from ksmd.guard.intervals import Intervals
 from ksmd.kernel import channel, libc
 from ksmd.model.errors import KsmdError
@@ -37,6 +36,8 @@ DEADLINE = 10.0
 CHUNK = 256
 #: Bytes of an extent that the pager locks at a time: it answers faults in between.
 KEEP_PART = 16 << 20
+#: Seconds for the service manager to start another pager that stands by itself.
+SUCCESSOR = 5.0
 
 Ranges = Iterable[tuple[int, int]]
 
@@ -52,37 +53,6 @@ class PagerRefusedError(KsmdError):
     """The pager answered with an error: a context that is none, an unknown id."""
 
 
-@dataclass(frozen=True, slots=True)
-class KeptExtent:
-    """Part of an extent that the pager maps and locks too; *fd* stays the caller's.
-
-    *about* is kept for a later daemon: what JSON can hold.
-    """
-
-    inode: int
-    fd: int
-    offset: int
-    length: int
-    about: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(slots=True)
-class _Held:
-    fd: int
-    owed: Intervals = field(default_factory=Intervals)
-    track: int = -1
-    about: dict[str, Any] = field(default_factory=dict)
-    unmerging: bool = False
-
-    @property
-    def fds(self) -> tuple[int, ...]:
-        return (self.fd, self.track) if self.track >= 0 else (self.fd,)
-
-    def close(self) -> None:
-        for fd in self.fds:
-            os.close(fd)
-
-
 class Pager:
     """One pager process. Not thread-safe: it belongs to the daemon's main loop.
 
@@ -90,6 +60,8 @@ class Pager:
     Every call raises PagerGoneError when the pager is gone, PagerRefusedError when it refuses.
     ``failed`` lists what the pager could not do to protect itself, as sentences. ``name`` is what
     a later daemon finds the process by (see door.py); nobody finds one without a name.
+
+    ``standing`` tells that the pager stands by itself, and so outlives us whatever it holds.
 
     After :meth:`adopt`: ``highest`` is the highest id ever used; ``kept`` are the extents and
     ``rings`` the pin rings of the daemon before us, whose descriptors are the caller's from then
@@ -101,11 +73,12 @@ class Pager:
         self.pid = 0
         self.failed: list[str] = []
         self.highest = 0
+        self.standing = False
         self.key = secrets.token_bytes(32)
         self._end: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._pidfd = -1
-        self._held: dict[int, _Held] = {}
+        self._held: dict[int, Held] = {}
         self._children: dict[int, tuple[int, int]] = {}  # key -> id, fd
         self._kept: dict[int, KeptExtent] = {}
         self._rings: dict[int, int] = {}
@@ -114,11 +87,11 @@ class Pager:
 
     def start(self) -> None:
         """Start the process and wait until it serves."""
+        self.standing = False
         mine, its = channel.pair()
         with its:
             self._process = subprocess.Popen(
-                # -P: what lies in the current directory must not be imported
-                [sys.executable, "-P", "-m", door.MODULE, str(its.fileno()), self.name],
+                door.command(its.fileno(), self.name),
                 pass_fds=(its.fileno(),),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -127,11 +100,16 @@ class Pager:
         self._attach(mine, self._process.pid)
         hello = self._receive(time.monotonic() + DEADLINE)
         self.failed = list(hello["failed"])
-        self._ask({"do": "secret", "key": self.key.hex()})
+        self._tell_key()
+
+    def _tell_key(self) -> None:
+        # a child that forks before we have told all others must not get the number of one of them
+        known = max(self._children, default=0)
+        self._ask({"do": "secret", "key": self.key.hex(), "children": known})
 
     @classmethod
     def adopt(cls, end: socket.socket, name: str = "") -> Pager:
-        """Take over a running pager by a channel's end from :meth:`hand_over` or ``door.knock``.
+        """Take over a running pager by a channel's end from ``door.knock``.
 
         All its contexts come to us; :meth:`ids` names the targets. PagerRefusedError while another
         daemon owns it. A pager of another version is replaced by one of ours.
@@ -146,12 +124,12 @@ class Pager:
                 ring: libc.pidfd_getfd(pager._pidfd, fd) for ring, fd in answer["rings"]
             }
         except BaseException:
-            for extent in pager._kept.values():
-                os.close(extent.fd)
-            pager._let_go()
+            pager.leave()
             raise
         pager.highest = int(answer["highest"])
+        pager.standing = bool(answer["standing"])
         pager.key = bytes.fromhex(answer["secret"]) or pager.key
+        pager._tell_key()
         if answer["version"] != __version__:
             pager.restart()
         return pager
@@ -168,19 +146,18 @@ class Pager:
                 return
         raise PagerGoneError("it does not tell all that it holds")
 
-    def hand_over(self) -> socket.socket:
-        """Give a further end of the pager's channel, for another process to adopt."""
-        mine, its = channel.pair()
-        with its:
-            self._ask({"do": "hand-over"}, its.fileno())
-        return mine
-
     def restart(self) -> None:
         """Replace a pager that is dead or hangs; targets that waited go on."""
         self.kill()
         self._collect_news()  # children that it told of before it died are in the queue until now
         self._detach()
-        self.start()
+        if not self.standing or not self._await_successor():
+            late = self.standing
+            self.start()
+            if late and door.standing(self.name):  # it came after all: see Pager.stand
+                self.standing = True
+                self.restart()
+                return
         if self._rings:
             self._tell_rings()
         for extent in self._kept.values():
@@ -190,6 +167,36 @@ class Pager:
         for key, (target, fd) in list(self._children.items()):
             # a child of an unfinished stop window would be owed pages; fork has copied them
             self._ask({"do": "guard", "id": target, "child": key}, fd)
+
+    def _await_successor(self) -> bool:
+        """Wait for the next pager that its service manager starts, and take it over."""
+        deadline = time.monotonic() + SUCCESSOR
+        while time.monotonic() < deadline:
+            for pid in door.standing(self.name):
+                end = door.knock(pid)
+                if end is not None:
+                    with contextlib.suppress(PagerGoneError, PagerRefusedError):
+                        self._attach(end, pid)
+                        self._take_over()
+                        self.standing = True
+                        return True
+                    self._detach()
+            time.sleep(0.05)
+        return False
+
+    def _take_over(self) -> None:
+        """Learn what the service manager alone still held (children), and have all let go there."""
+        targets, extents = set(self._held), set(self._kept)
+        self._ask({"do": "claim"})
+        deadline = time.monotonic() + DEADLINE
+        while self.stats()["untold"] and time.monotonic() < deadline:
+            pass
+        self._ask({"do": "clear"})
+        for target in set(self._held) - targets:  # dropped while there was no pager
+            self._held.pop(target).close()
+        for inode in set(self._kept) - extents:
+            os.close(self._kept.pop(inode).fd)
+        self._tell_key()
 
     def kill(self) -> None:
         """End the process by force. What it guards waits until :meth:`restart`, or is let go."""
@@ -203,7 +210,7 @@ class Pager:
             self._process = None
 
     def close(self, force: bool = False) -> bool:
-        """Let go of everything; tell whether the pager left.
+        """Let go of everything; tell whether the pager left, or stands by with nothing.
 
         A pager that holds contexts stays and serves them, unless *force* kills it: only for targets
         of which nothing is merged any more.
@@ -220,6 +227,14 @@ class Pager:
             left = True
         self._let_go()
         return left
+
+    def leave(self) -> None:
+        """Leave an adopted pager to itself, and to the next daemon, with all that it holds."""
+        for extent in self._kept.values():
+            os.close(extent.fd)
+        for fd in self._rings.values():
+            os.close(fd)
+        self._let_go()
 
     def _let_go(self) -> None:
         self._detach()
@@ -277,7 +292,7 @@ class Pager:
         """
         if target in self._held:
             raise ValueError(f"{target} is guarded already")
-        held = _Held(_duplicate(fd), Intervals(ranges), about=about or {})
+        held = Held(_duplicate(fd), Intervals(ranges), about=about or {})
         held.track = _duplicate(track) if track >= 0 else -1
         self._held[target] = held
         try:
@@ -398,7 +413,7 @@ class Pager:
             os.close(self._pidfd)
             self._pidfd = -1
 
-    def _tell(self, target: int, held: _Held) -> None:
+    def _tell(self, target: int, held: Held) -> None:
         ranges = list(held.owed)
         first, rest = ranges[:CHUNK], ranges[CHUNK:]
         header = {"do": "guard", "id": target, "ranges": first, "about": held.about}
@@ -450,7 +465,10 @@ class Pager:
             self._hold(header, fds)
         elif header.get("event") == "extent":
             place = {name: header[name] for name in ("inode", "offset", "length", "about")}
-            self._kept[header["inode"]] = KeptExtent(fd=fds[0], **place)
+            if header["inode"] in self._kept:  # as in _hold
+                os.close(fds[0])
+            else:
+                self._kept[header["inode"]] = KeptExtent(fd=fds[0], **place)
         elif header.get("event") == "gone":
             for key in header["keys"]:
                 self._release(key)
@@ -460,11 +478,12 @@ class Pager:
         target, key = int(header["id"]), int(header["key"])
         fd, *rest = fds
         if key:
+            self._release(key)
             self._children[key] = target, fd
             return
         ranges = [(start, end) for start, end in header["ranges"]]
-        held = _Held(fd, Intervals(ranges), rest[0] if rest else -1, header["about"])
-        if target in self._held:  # an owner that claims what it has
+        held = Held(fd, Intervals(ranges), rest[0] if rest else -1, header["about"])
+        if target in self._held:  # an owner that claims what it has, and knows it better
             held.close()
         else:
             self._held[target] = held

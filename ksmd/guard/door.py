@@ -14,9 +14,12 @@ neither side can be a process that gains anything by the meeting.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import select
 import socket
+import sys
+from collections.abc import Iterator
 
 from ksmd.kernel import channel, libc, procfs
 from ksmd.model.errors import KsmdError
@@ -24,17 +27,29 @@ from ksmd.model.errors import KsmdError
 MODULE = "ksmd.guard.pager"
 #: The outer end's number in the pager.
 OUTER = 3
+#: In place of a channel: a pager that stands by itself, and waits for a daemon.
+STANDING = "-"
 
 _CAP_SYS_PTRACE = 1 << 19
 
 
-def build(fd: int) -> tuple[int, socket.socket]:
-    """Make the pager's door before it opens anything else: its channel's number, the inner end.
+def command(channel_or_standing: int | str, name: str) -> list[str]:
+    """Give the command line of a pager, by which it is found."""
+    # -P: what lies in the current directory must not be imported
+    return [sys.executable, "-P", "-m", MODULE, str(channel_or_standing), name]
 
-    *fd* is the channel's descriptor, which may have to move.
-    """
-    if fd == OUTER:
-        fd = os.dup(fd)
+
+def moved(fd: int) -> int:
+    """Give *fd* another number where it has the door's."""
+    if fd != OUTER:
+        return fd
+    new = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, OUTER + 1)
+    os.close(fd)
+    return new
+
+
+def build() -> socket.socket:
+    """Make the pager's door before it opens anything else: the inner end. See :func:`moved`."""
     first, second = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     outer, inner = (first, second) if first.fileno() == OUTER else (second, first)
     for end in (inner, outer):
@@ -44,21 +59,35 @@ def build(fd: int) -> tuple[int, socket.socket]:
         outer.close()
     else:
         outer.detach()
-    return fd, inner
+    return inner
 
 
 def pagers(name: str) -> list[int]:
     """Give the pids of the pagers that were started under *name*, which is not empty."""
     assert name
-    found = []
+    return [pid for pid, words in _commands() if words[1] == os.fsencode(name)]
+
+
+def standing(name: str = "") -> list[int]:
+    """Give the pids of the pagers that stand by themselves, under *name* or any."""
+    names = {os.fsencode(name)} if name else None
+    mark = STANDING.encode()
+    return [
+        pid
+        for pid, words in _commands()
+        if words[0] == mark and (names is None or words[1] in names)
+    ]
+
+
+def _commands() -> Iterator[tuple[int, list[bytes]]]:
+    """Give the pid and the last two arguments of everything that looks like a pager."""
     for pid in procfs.pids():
         try:
             words = procfs.read_process(pid, "cmdline").split(b"\0")
         except KsmdError:
             continue
-        if words[-5:-3] == [b"-m", MODULE.encode()] and words[-2] == os.fsencode(name):
-            found.append(pid)
-    return found
+        if words[-5:-3] == [b"-m", MODULE.encode()]:
+            yield pid, words[-3:-1]
 
 
 def knock(pid: int) -> socket.socket | None:

@@ -12,7 +12,7 @@ the daemon says about it, without a look into it.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from ksmd.kernel import libc
@@ -52,12 +52,23 @@ class Keeper:
     def __iter__(self) -> Iterator[int]:
         return iter(self._extents)
 
+    @property
+    def busy(self) -> bool:
+        """Whether anything is held."""
+        return bool(self._extents or self.rings)
+
+    def items(self) -> Iterable[tuple[int, Kept]]:
+        """Give all extents, by inode."""
+        return self._extents.items()
+
     def extent(self, inode: int) -> Kept | None:
         """Give one extent, None when it has been released."""
         return self._extents.get(inode)
 
-    def keep(self, fd: int, offset: int, length: int, about: dict[str, Any]) -> None:
+    def keep(self, fd: int, offset: int, length: int, about: dict[str, Any]) -> int:
         """Map and lock part of the extent behind *fd*; a second time does nothing. OSError.
+
+        Give the extent's inode.
 
         Nothing is answered meanwhile, so parts should be small (16 MiB take some ms). *about* is
         what counts of the first part's message. *fd* stays the caller's.
@@ -65,7 +76,7 @@ class Keeper:
         inode = os.fstat(fd).st_ino
         kept = self._extents.get(inode)
         if kept is not None and offset in kept.parts:
-            return
+            return inode
         address = libc.mmap(0, length, libc.PROT_READ, libc.MAP_SHARED, fd, offset)
         try:
             libc.mlock(address, length)
@@ -75,6 +86,7 @@ class Keeper:
             libc.munmap(address, length)
             raise
         kept.parts[offset] = address, length
+        return inode
 
     def release(self, inode: int) -> None:
         """Let an extent go that nobody maps any more. Unknown ones are no error."""
@@ -84,6 +96,14 @@ class Keeper:
         for place in kept.parts.values():
             libc.munmap(*place)
         os.close(kept.fd)
+
+    def clear(self) -> None:
+        """Let all extents and rings go."""
+        for inode in list(self._extents):
+            self.release(inode)
+        for fd in self.rings.values():
+            os.close(fd)
+        self.rings.clear()
 
     def hold_rings(self, pid: int, rings: dict[int, int]) -> None:
         """Hold exactly these rings (name -> descriptor in process *pid*).

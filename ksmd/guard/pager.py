@@ -7,6 +7,10 @@ descriptor is non-blocking, what cannot be sent is kept. It outlives the daemon 
 living contexts, and a later daemon finds it by NAME (see door.py). What that one needs to go on is
 kept here for it, unread: ``about`` in the messages below, and the descriptors.
 
+With "-" for FD it stands by itself (ksmd-pager.service): it waits for daemons at its door, outlives
+them all, and leaves when it got SIGTERM and nothing is merged. What it holds, its service
+manager holds too (see stored.py).
+
 Messages (``do``), each answered with {"ok": true, ...} or {"ok": false, "error": ...}:
 
 ``guard``     {id, ranges?, child?, about?} + 1 or 2 fds: hold this context, and the target's
@@ -22,12 +26,14 @@ Messages (``do``), each answered with {"ok": true, ...} or {"ok": false, "error"
 ``release``   {inode}: that extent has no user any more.
 ``rings``     {pid, rings}: hold these io_uring descriptors [name, fd] of the daemon, with their
               pins, and no others.
-``secret``    {key}: keep the key of the extents' digests.
-``hand-over`` + 1 fd: a further channel's end.
+``secret``    {key, children?}: keep the key of the extents' digests; no new child gets a key up to
+              ``children``.
+``hand-over`` + 1 fd, at the door alone: a further channel's end.
 ``claim``     the sender is the owner from now on, if no other lives: it is told of all contexts
-              and extents. -> {pid, version, secret, highest, rings}; ``highest`` is the highest id
-              ever used, ``rings`` are to be taken by pidfd_getfd.
-``quit``      leave, if no context is held.
+              and extents. -> {pid, version, standing, secret, highest, rings}; ``highest`` is the
+              highest id ever used, ``rings`` are to be taken by pidfd_getfd.
+``quit``      leave, if no context is held; who stands by itself stays, and lets go of the rest.
+``clear``     let go of everything, for the owner holds it all and will tell it anew.
 
 News for the owner: {"event": "hello", pid, failed, nofile} at start; for each new child {"event":
 "context", id, key} + fd, so that a second process holds what a restarted pager needs; and
@@ -37,31 +43,29 @@ about} + fds and {"event": "extent", inode, offset, length, about} + fd.
 
 from __future__ import annotations
 
-import gc
 import os
 import resource
 import select
 import signal
 import socket
 import sys
+import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
 from ksmd import __version__
-from ksmd.guard import door
+from ksmd.guard import door, settle
 from ksmd.guard.keeper import Keeper
+from ksmd.guard.stored import Header, Stored
 from ksmd.guard.watch import Ranges, Watch
-from ksmd.kernel import channel, libc
+from ksmd.kernel import channel, sdnotify
 from ksmd.model.units import PAGE_SIZE
-
-COMM = "ksmd-pager"
-OOM_SCORE_ADJ = -900
-MCL_ONFAULT = 4  # include/uapi/asm-generic/mman.h, Linux 4.4
 
 _SOON = 0.001  # s: the sender of an event has to run on
 _LATER = 0.02  # s: the owner does not read, or a descriptor has to come free
 _SWEEP = 2.0  # s: idle sweeps for dead children
+_SILENCE = 1.0  # s: when we were told to leave, a daemon that says nothing needs us no more
 _GONE_KEYS = 500  # per message
 
 
@@ -85,33 +89,67 @@ def _ranges(header: dict[str, Any]) -> Ranges:
 class Pager:
     """The loop and the verbs of its channels."""
 
-    def __init__(self, end: socket.socket, failed: list[str], inner: socket.socket) -> None:
+    def __init__(self, inner: socket.socket, stored: Stored | None = None) -> None:
         self._epoll = select.epoll()
         self._door = inner
         self._epoll.register(inner.fileno(), select.EPOLLIN)
-        self._watch = Watch(self._epoll, self._send)
+        self._stored = stored or Stored()
+        self._watch = Watch(self._epoll, self._send, self._stored)
         self._keeper = Keeper()
         self._untold: list[int] = []  # inodes of extents
         self._secret = ""
         self._lines: dict[int, _Line] = {}
-        self._owner: _Line | None = self._connect(end)
+        self._owner: _Line | None = None
+        self._wake = socket.socketpair()
+        self._standing = False
+        self._dismissed = False
+        self._heard = 0.0
         self._leaving = False
         self._unsent = False
+
+    def serve(self, end: socket.socket, failed: list[str]) -> None:
+        """Serve the daemon that started us, and who follows it, until nobody is left."""
+        self._owner = self._connect(end)
         nofile = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self._owner.answers.append(
             {"event": "hello", "pid": os.getpid(), "failed": failed, "nofile": nofile}
         )
+        self._run()
 
-    def run(self) -> None:
-        """Serve until there is nobody left to serve."""
+    def stand(self, name: str) -> None:
+        """Serve every daemon that comes, until SIGTERM: then until nothing is merged any more."""
+        self._stored.all = self._everything
+        # a daemon that could not wait for us has told it all to a pager of its own, and of two who
+        # read the events of a context one would not know what the other was told
+        alone = not name or door.pagers(name) == [os.getpid()]
+        self._secret = self._stored.restore(self._watch, self._keeper, discard=not alone).secret
+        self._stored.ready()
+        self._run()
+
+    def heed_term(self) -> None:
+        """Stand by ourselves from now on, until SIGTERM."""
+
+        def told(_number: int, _frame: object) -> None:
+            self._standing, self._dismissed = False, True
+
+        self._standing = True
+        for end in self._wake:
+            end.setblocking(False)
+        signal.set_wakeup_fd(self._wake[1].fileno(), warn_on_full_buffer=False)
+        self._epoll.register(self._wake[0].fileno(), select.EPOLLIN)
+        signal.signal(signal.SIGTERM, told)
+
+    def _run(self) -> None:
         self._send()
-        while self._lines or self._watch.live:
+        while self._watch.live or self._standing or self._wanted:
             calls = []
             for fd, _ in self._poll():
                 if fd in self._watch:
                     self._watch.serve(fd)
                 elif fd == self._door.fileno():
                     self._answer_door()
+                elif fd == self._wake[0].fileno():
+                    self._wake[0].recv(64)
                 else:
                     calls.append(fd)
             self._watch.go_on()
@@ -120,6 +158,15 @@ class Pager:
             self._send()
             if self._leaving and not self._unsent:
                 return
+            if not (self._lines or self._watch.live) and self._keeper.busy:
+                self._let_all_go()  # as if we had left: nobody maps it
+
+    @property
+    def _wanted(self) -> bool:
+        """Whether a daemon is there; when we were told to leave, one that has not fallen silent."""
+        return bool(self._lines) and not (
+            self._dismissed and time.monotonic() - self._heard > _SILENCE
+        )
 
     def _poll(self) -> list[tuple[int, int]]:
         if self._watch.eager:
@@ -128,7 +175,9 @@ class Pager:
             return self._epoll.poll(_SOON)
         if self._unsent or self._watch.starving:
             return self._epoll.poll(_LATER)
-        if self._lines and self._watch.live == self._watch.contexts:
+        if self._dismissed and not self._watch.live:
+            return self._epoll.poll(_SILENCE)
+        if not self._watch.live or (self._lines and self._watch.live == self._watch.contexts):
             return self._epoll.poll()
         ready = self._epoll.poll(_SWEEP)
         if not ready:
@@ -159,7 +208,7 @@ class Pager:
             _, _, fds = channel.receive(self._door)
             self._hand_over(fds)
         except Exception as error:  # as in _call
-            print(f"ksmd-pager: nobody could be let in: {error}", file=sys.stderr, flush=True)
+            settle.complain(f"nobody could be let in: {error}")
         for left in fds:
             os.close(left)
 
@@ -174,6 +223,7 @@ class Pager:
         if line is None:
             return
         fds: list[int] = []
+        self._heard = time.monotonic()
         try:
             header, _, fds = channel.receive(line.end)
             answer: dict[str, Any] = {"ok": True, **self._answer(line, header, fds)}
@@ -203,6 +253,8 @@ class Pager:
                 self._unsent = True
         if self._owner is None:
             self._watch.gone.clear()
+        if not self._stored.flush():
+            self._unsent = True
 
     def _tell(self, end: socket.socket) -> None:
         news = self._watch.unannounced
@@ -237,10 +289,7 @@ class Pager:
             case "guard":
                 self._guard(header, fds)
             case "extend" | "settle" | "retract" as verb:
-                context = self._watch.root(header["id"])
-                note = context.extend if verb == "extend" else context.settle
-                for start, end in _ranges(header):
-                    note(start, end)
+                self._change(verb, header)
             case "drop":
                 self._watch.drop(header["id"])
             case "children":
@@ -249,26 +298,45 @@ class Pager:
                 return self._stats() if verb == "stats" else self._sweep()
             case "keep" | "release" | "rings" | "secret" as verb:
                 self._keep(verb, header, fds)
-            case "hand-over":
-                self._hand_over(fds)
             case "claim":
                 return self._claim(line)
-            case "quit":
-                if self._watch.live:
-                    raise ValueError(f"{self._watch.live} contexts are held")
-                self._leaving = True
+            case "quit" | "clear" as verb:
+                self._empty(verb)
             case verb:
                 raise ValueError(f"unknown: {verb!r}")
         return {}
 
+    def _change(self, verb: str, header: dict[str, Any]) -> None:
+        context = self._watch.root(header["id"])
+        change = context.extend if verb == "extend" else context.settle
+        for start, end in _ranges(header):
+            change(start, end)
+        self._stored.note(header)
+
+    def _empty(self, verb: str) -> None:
+        if verb == "clear":
+            self._watch.clear()
+        elif self._watch.live:
+            raise ValueError(f"{self._watch.live} contexts are held")
+        else:
+            self._leaving = not self._standing
+        self._let_all_go()
+
     def _keep(self, verb: str, header: dict[str, Any], fds: list[int]) -> None:
         if verb == "keep":
+            place = {"offset": header["offset"], "length": header["length"]}
             about = dict(header.get("about", {}))
-            self._keeper.keep(fds[0], header["offset"], header["length"], about)
+            inode = self._keeper.keep(fds[0], **place, about=about)
+            kept = self._keeper.extent(inode)
+            if kept is not None:
+                self._stored.hold_extent(inode, kept.fd, place | {"about": about})
         elif verb == "release":
+            self._stored.let_extent_go(header["inode"])
             self._keeper.release(header["inode"])
         elif verb == "secret":
             self._secret = str(header["key"])
+            self._watch.reserve(header.get("children", 0))
+            self._stored.note(header)
         else:
             self._keeper.hold_rings(header["pid"], dict(header["rings"]))
 
@@ -279,8 +347,32 @@ class Pager:
         if not key and self._watch.has_root(target):
             raise ValueError(f"{target} is guarded already")
         about = dict(header.get("about", {}))
-        self._watch.add(fd, target, key, _ranges(header), track, about)
+        ranges = _ranges(header)
+        self._watch.add(fd, target, key, ranges, track, about)
         fds.clear()
+        if not key:
+            self._stored.note({"do": "guard", "id": target, "ranges": ranges, "about": about})
+
+    def _let_all_go(self) -> None:
+        """Let everything go that is no context."""
+        for inode in self._keeper:
+            self._stored.let_extent_go(inode)
+        self._keeper.clear()
+        self._untold.clear()
+        self._secret = ""
+        self._stored.note({"do": "secret", "key": ""})
+
+    def _everything(self) -> Iterator[Header]:
+        """Give the messages that what is held comes to."""
+        yield {"do": "highest", "id": self._watch.highest}
+        yield {"do": "secret", "key": self._secret}
+        for context in self._watch.roots:
+            owed = list(context.owed)
+            yield {"do": "guard", "id": context.target, "ranges": owed, "about": context.about}
+        for inode, kept in self._keeper.items():
+            for offset, (_, length) in kept.parts.items():
+                part = {"offset": offset, "length": length, "about": kept.about}
+                yield {"do": "keep", "inode": inode} | part
 
     def _claim(self, line: _Line) -> dict[str, Any]:
         owner = self._owner
@@ -296,6 +388,7 @@ class Pager:
         return {
             "pid": os.getpid(),
             "version": __version__,
+            "standing": self._standing,
             "secret": self._secret,
             "highest": self._watch.highest,
             "rings": list(self._keeper.rings.items()),
@@ -320,6 +413,7 @@ class Pager:
             "reaped": count.reaped,
             "starved": watch.starved,
             "extents": len(self._keeper),
+            "untold": len(watch.unannounced) + len(self._untold),
             "fds": _fds(),
         }
 
@@ -338,52 +432,27 @@ def _fds() -> int:
         return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
-def _write(path: str, text: str) -> None:
-    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
-    try:
-        os.write(fd, text.encode())
-    finally:
-        os.close(fd)
-
-
-def _lock_memory() -> None:
-    libc.mlockall(libc.MCL_CURRENT)
-    # locked once touched: the channel's large receive buffers are never touched but for their start
-    libc.mlockall(libc.MCL_FUTURE | MCL_ONFAULT)
-
-
-def _settle_in() -> list[str]:
-    """Make this process hard to disturb; what failed, as sentences."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE):
-        signal.signal(number, signal.SIG_IGN)
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    gc.freeze()  # what start-up made lives for ever: collections stay short
-    failed = []
-    steps: tuple[tuple[str, Callable[[], None]], ...] = (
-        ("set its name", lambda: _write("/proc/self/comm", COMM)),
-        ("raise RLIMIT_NOFILE", lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))),
-        (
-            "protect itself from the OOM killer",
-            lambda: _write("/proc/self/oom_score_adj", str(OOM_SCORE_ADJ)),
-        ),
-        ("lock its memory", _lock_memory),
-    )
-    for what, step in steps:
-        try:
-            step()
-        except (OSError, ValueError) as error:
-            failed.append(f"cannot {what}: {error}")
-    return failed
-
-
 def main(arguments: list[str]) -> int:
-    """Run the pager on the channel whose descriptor is the first argument."""
-    if len(arguments) not in (1, 2) or not arguments[0].isdigit():
-        print("usage: python -m ksmd.guard.pager FD [NAME]", file=sys.stderr)
+    """Run the pager on the channel whose descriptor is the first argument, or by itself."""
+    first = arguments[0] if arguments else ""
+    if len(arguments) not in (1, 2) or not (first.isdigit() or first == door.STANDING):
+        print("usage: python -m ksmd.guard.pager FD|- [NAME]", file=sys.stderr)
         return 2
-    fd, inner = door.build(int(arguments[0]))
-    failed = _settle_in()
-    Pager(socket.socket(fileno=fd), failed, inner).run()
+    if first == door.STANDING:
+        inherited, _ = sdnotify.take_inherited(os.environ)
+        inherited = [one._replace(fd=door.moved(one.fd)) for one in inherited]
+        pager = Pager(door.build(), Stored(os.environ.pop("NOTIFY_SOCKET", ""), inherited))
+        pager.heed_term()
+        for failed in settle.in_place():
+            settle.complain(failed)
+        pager.stand("".join(arguments[1:]))
+    else:
+        fd = door.moved(int(first))
+        pager = Pager(door.build())
+        pager.serve(
+            socket.socket(fileno=fd),
+            settle.in_place(signal.SIGTERM),
+        )
     return 0
 
 

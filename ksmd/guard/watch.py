@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import os
 import select
-import sys
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Protocol
 
 from ksmd.guard.context import Answer, Context, Counters, State
+from ksmd.guard.settle import complain
 from ksmd.kernel import userfaultfd
 
 #: Requests per turn spent on filling one child.
@@ -28,14 +28,25 @@ STARVING = 0.02
 Ranges = Iterable[tuple[int, int]]
 
 
+class Holder(Protocol):
+    """Who else holds contexts: see stored.py."""
+
+    def hold(self, context: Context) -> None:
+        """Hold a context too."""
+
+    def let_go(self, context: Context) -> None:
+        """Let it go; its descriptors are about to be closed here."""
+
+
 class Watch:
     """The contexts, by descriptor. ``unannounced`` and ``gone`` are news for the owner's copy.
 
     *tell* is called for each new child before anything else is done with it: from the moment its
-    FORK was read until it has been sent on, this process alone holds it.
+    FORK was read until it has been sent on, this process alone holds it. *holder* is told of every
+    context.
     """
 
-    def __init__(self, epoll: select.epoll, tell: Callable[[], None]) -> None:
+    def __init__(self, epoll: select.epoll, tell: Callable[[], None], holder: Holder) -> None:
         self.count = Counters()
         self.starved = 0
         self.highest = 0  # of all ids, also those that were dropped
@@ -43,6 +54,7 @@ class Watch:
         self.gone: list[int] = []
         self._epoll = epoll
         self._tell = tell
+        self._holder = holder
         self._by_fd: dict[int, Context] = {}
         self._roots: dict[int, Context] = {}
         self._filling: list[Context] = []
@@ -112,16 +124,32 @@ class Watch:
         self.highest = max(self.highest, target)
         for start, end in ranges:
             context.extend(start, end)
-        self._next_key = max(self._next_key, key + 1)
+        self.reserve(key)
         if not key:
             self._roots[target] = context
         self._watch(context)
+
+    def reserve(self, key: int) -> None:
+        """Give no child a key up to *key*."""
+        self._next_key = max(self._next_key, key + 1)
 
     def drop(self, target: int) -> None:
         """Let the target's own context go. Its children stay."""
         context = self._roots.pop(target, None)
         if context is not None:
             self._close(context)
+
+    def clear(self) -> None:
+        """Let everything go: another holds it all."""
+        self._roots.clear()
+        for context in list(self._by_fd.values()):
+            self._close(context)
+        self.gone.clear()
+
+    @property
+    def roots(self) -> Iterable[Context]:
+        """The targets' own contexts."""
+        return self._roots.values()
 
     def children(self, target: int) -> int:
         """Count the living contexts that descend from the target."""
@@ -170,8 +198,10 @@ class Watch:
         os.set_blocking(context.fd, False)
         self._by_fd[context.fd] = context
         self._epoll.register(context.fd, select.EPOLLIN)
+        self._holder.hold(context)
 
     def _close(self, context: Context) -> None:
+        self._holder.let_go(context)
         self._epoll.unregister(context.fd)
         del self._by_fd[context.fd]
         for pending in (self._filling, self._retry, self._starving):
@@ -256,11 +286,7 @@ class Watch:
         if not self._starving:
             self.starved += 1
             self._starving_until = time.monotonic()
-            print(
-                f"ksmd-pager: a target's fork waits: {error.strerror}; {self.live} contexts held",
-                file=sys.stderr,
-                flush=True,
-            )
+            complain(f"a target's fork waits: {error.strerror}; {self.live} contexts held")
         if context not in self._starving:
             self._starving.append(context)
             # it stays readable; without this the loop would spin

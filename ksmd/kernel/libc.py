@@ -136,6 +136,12 @@ def page_ceil(address: int) -> int:
     return (address + PAGE_SIZE - 1) & ~(PAGE_SIZE - 1)
 
 
+def prctl(option: int, *args: int) -> None:
+    """prctl(2) with numbers; unused ones are zero."""
+    longs = [ctypes.c_ulong(number) for number in (*args, 0, 0, 0, 0)[:4]]
+    _int_call("prctl", option, *longs)
+
+
 def set_name(name: str) -> None:
     """Name this process as ps shows it (PR_SET_NAME, at most 15 bytes)."""
     _int_call("prctl", 15, ctypes.c_char_p(name.encode()), 0, 0, 0)

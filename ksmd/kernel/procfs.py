@@ -409,3 +409,8 @@ def maps(pid: int, tid: int | None = None) -> list[Vma]:
 def smaps(pid: int, tid: int | None = None) -> list[Vma]:
     """Read the mappings with their flags. The kernel walks all page tables for it: some ms/GiB."""
     return parse_smaps(read_file(task_path(pid, "smaps", tid), f"process {pid}"))
+
+
+def boot_id() -> str:
+    """Give the number of this boot of the kernel."""
+    return read_file("/proc/sys/kernel/random/boot_id", "the boot id").decode().strip()

@@ -25,6 +25,7 @@ class Running:
     pid: int
     comm: str
     parent: int
+    standing: bool = False  # a pager that is a service of its own
 
 
 def running() -> list[Running]:

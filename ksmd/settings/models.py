@@ -304,7 +304,8 @@ class Settings(_Model):
     on_stop: Literal["unmerge", "keep"] = Field(
         default="unmerge",
         description="What becomes of merged pages when the daemon is stopped: unmerge gives each "
-        "back as memory of its own, after a check that memory suffices; keep leaves them merged.",
+        "back as memory of its own, after a check that memory suffices; keep leaves them merged, "
+        "as does a restart of its systemd unit.",
     )
     socket: SocketPath = Field(
         default=Path("/run/ksmd/ksmd.sock"),

@@ -15,7 +15,8 @@ import pytest
 
 from ksmd.core.integrity import ContentDigest
 from ksmd.guard import client, door
-from ksmd.guard.client import KeptExtent, Pager, PagerRefusedError
+from ksmd.guard.client import Pager, PagerRefusedError
+from ksmd.guard.held import KeptExtent
 from ksmd.kernel import iouring, libc, memfd, userfaultfd
 from ksmd.model.errors import KsmdError
 from ksmd.model.units import PAGE_SIZE

@@ -6,7 +6,9 @@ They are at worst kept waiting, and are never shown wrong data.
 from __future__ import annotations
 
 import random
+import signal
 import threading
+import time
 
 import pytest
 from harness import (
@@ -218,3 +220,20 @@ def test_the_daemon_may_be_killed_at_any_instant_of_merging(victims, daemons):
         check_all(pair)
         use(pair)
         assert [descriptors(victim.pid) for victim in pair] == tables
+
+
+@pytest.mark.slow
+def test_a_tracer_that_hangs_is_replaced_and_the_daemon_goes_on(pair, daemons):
+    """The daemon waits for it 10 s at most, which its watchdog (60 s) allows for."""
+    oracle = Oracle(*pair)
+    daemon = daemons(settings_for(*pair))
+    daemon.status()
+    hanging = Held(daemon.helpers()["ksmd-tracer"])
+    hanging.send(signal.SIGSTOP)
+    began = time.monotonic()
+    daemon.scan()
+    assert time.monotonic() - began < 50
+    assert hanging.gone()
+    check_all(pair)
+    until(lambda: daemon.scan() and oracle.share() == 1, "merged by another tracer")
+    use(pair)

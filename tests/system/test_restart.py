@@ -576,3 +576,88 @@ def test_killed_at_random_moments_daemons_adopt_all_and_no_target_notices(victim
     check_but_for_eintr(four, eintr, may_grow=False)
     assert lives.stop() == 0
     assert pager.gone(PATIENCE)
+
+
+# -- a pager that stands by itself ----------------------------------------------------------------
+
+
+@pytest.fixture
+def standing(tmp_path: Path, lives: Lives) -> Iterator[subprocess.Popen[bytes]]:
+    """``ksmd pager`` for the daemons of *lives*, as a service manager runs it."""
+    name = str(tmp_path / "ksmd.sock")
+    process = subprocess.Popen([KSMD, "pager", "--socket", name])
+    until(lambda: door.standing(name) == [process.pid], "the pager")
+    yield process
+    process.kill()
+    process.wait()
+
+
+def give_back(lives: Lives) -> int:
+    """Run what a service manager runs before it stops the pager; the exit code."""
+    command = [KSMD, "pager", "--give-back", "--socket", lives.daemon.socket]
+    return subprocess.run(command, timeout=PATIENCE, check=False).returncode
+
+
+def test_a_pager_that_stands_by_itself_serves_every_daemon_and_on_stop_means_what_it_says(
+    pair, standing, lives
+):
+    settings = settings_for(*pair)
+    lives.start(settings).scan()
+    assert lives.pager().pid == standing.pid
+    assert shared(*pair)[1] > 900
+    lives.kill()
+    for victim in pair:
+        assert victim.ask("dontneed 10 20") == {"bad": 0}
+    daemon = lives.start(settings)
+    assert said(daemon) == shared(*pair)
+    assert lives.stop() == 0
+    assert not any(store_mappings(victim.pid) for victim in pair)
+    assert standing.poll() is None
+    for victim in pair:
+        victim.command("restore 10 20")
+    check_all(pair)
+    standing.terminate()
+    assert standing.wait(PATIENCE) == 0
+
+
+def test_what_a_daemon_left_is_given_back_without_another_daemon(pair, standing, lives):
+    lives.start(settings_for(*pair, on_stop="keep")).scan()
+    assert lives.stop() == 0
+    assert shared(*pair)[1] > 900
+    assert give_back(lives) == 0
+    assert not any(store_mappings(victim.pid) for victim in pair)
+    assert store_files(standing.pid) == []
+    check_all(pair)
+
+
+def test_what_cannot_be_given_back_keeps_its_pager_whoever_tells_it_to_leave(pair, standing, lives):
+    lives.start(settings_for(*pair, on_stop="keep")).scan()
+    assert lives.stop() == 0
+    standing.terminate()
+    with pytest.raises(subprocess.TimeoutExpired):
+        standing.wait(1)
+    for victim in pair:
+        assert victim.ask("dontneed 10 20") == {"bad": 0}
+        assert [victim.ask(f"read {page}")["zero"] for page in range(10, 30)] == [1] * 20
+        victim.command("restore 10 20")
+    assert give_back(lives) == 0
+    assert standing.wait(PATIENCE) == 0
+    check_all(pair)
+
+
+def test_a_daemon_that_lives_gives_back_when_its_pager_is_to_stop(pair, standing, lives):
+    daemon = lives.start(settings_for(*pair))
+    daemon.scan()
+    assert shared(*pair)[1] > 900
+    assert give_back(lives) == 0
+    assert not any(store_mappings(victim.pid) for victim in pair)
+    assert daemon.status()["paused"]
+    standing.terminate()
+    assert standing.wait(PATIENCE) == 0
+    check_all(pair)
+    until(lambda: door.pagers(str(daemon.socket)), "a pager of its own")
+    with Client(daemon.socket) as client:
+        client.call("Resume")
+    daemon.scan()
+    assert shared(*pair)[1] > 900
+    check_all(pair)

@@ -95,6 +95,7 @@ def test_a_pager_of_a_living_daemon_is_no_finding_and_an_orphan_is() -> None:
     assert open_(doctor.of_rivals([daemon, Running(11, "ksmd-pager", 10)])) == []
     (orphan,) = open_(doctor.of_rivals([daemon, Running(12, "ksmd-pager", 1)]))
     assert "pager 12" in orphan.what
+    assert open_(doctor.of_rivals([daemon, Running(13, "ksmd-pager", 1, standing=True)])) == []
     assert orphan.level == "warning"
 
 

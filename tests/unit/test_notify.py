@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 
 from ksmd.daemon import journal, listening
-from ksmd.daemon.notify import Inherited, Manager
+from ksmd.daemon.notify import Manager
+from ksmd.kernel import sdnotify
+from ksmd.kernel.sdnotify import Inherited
 from ksmd.model.errors import UsageError
 
 
@@ -71,15 +73,14 @@ def test_the_watchdog_is_fed_four_times_in_its_time_and_not_more(manager) -> Non
 
 def test_a_stored_descriptor_arrives_with_its_name(manager) -> None:
     path, _, end = manager
-    told = Manager(str(path))
     read, write = os.pipe()
-    told.store("guard-7", write)
+    sdnotify.send(str(path), sdnotify.store("guard-7"), write)
     os.close(write)
     text, fds, _, _ = socket.recv_fds(end, 4096, 4)
     assert text.decode().split("\n") == ["FDSTORE=1", "FDPOLL=0", "FDNAME=guard-7"]
     os.write(fds[0], b"x")
     assert os.read(read, 1) == b"x"
-    told.forget("guard-7")
+    sdnotify.send(str(path), sdnotify.forget("guard-7"))
     assert end.recv(4096) == b"FDSTOREREMOVE=1\nFDNAME=guard-7"
     for fd in (read, *fds):
         os.close(fd)
@@ -100,7 +101,36 @@ def test_without_a_manager_or_with_a_dead_one_nothing_is_said_and_nothing_fails(
         told.ready()
         told.status("x")
         told.alive()
-        told.store("a", 0)
+        assert told.restarting("a.service") is False
+
+
+@pytest.mark.parametrize(
+    ("jobs", "restarts"),
+    [
+        (" 812 ksmd.service restart running\n", True),
+        (" 812 ksmd.service stop running\n", False),
+        ("", False),
+        (" 812 other.service restart waiting\n 813 ksmd.service stop running\n", False),
+    ],
+)
+def test_a_restart_is_told_from_a_stop_by_the_job_of_the_unit(
+    tmp_path: Path, monkeypatch, jobs: str, restarts: bool
+) -> None:
+    fake = tmp_path / "systemctl"
+    fake.write_text(f"#!/bin/sh\nprintf '%s' '{jobs}'\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert Manager("@somebody").restarting("ksmd.service") is restarts
+
+
+def test_a_restart_that_cannot_be_asked_for_is_a_stop(tmp_path: Path, monkeypatch) -> None:
+    fake = tmp_path / "systemctl"
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setattr("ksmd.daemon.notify._ASK_SECONDS", 0.2)
+    for script in ("exit 1", "echo ' 1 ksmd.service restart running'; exec sleep 5"):
+        fake.write_text(f"#!/bin/sh\n{script}\n")
+        fake.chmod(0o755)
+        assert Manager("@somebody").restarting("ksmd.service") is False
 
 
 def test_a_manager_that_does_not_read_holds_nobody_up(tmp_path: Path, monkeypatch) -> None:
@@ -117,11 +147,13 @@ def test_what_the_manager_said_is_not_passed_on_to_children() -> None:
     environ = {
         "NOTIFY_SOCKET": "/run/x", "WATCHDOG_USEC": "2000000", "WATCHDOG_PID": str(os.getpid()),
         "LISTEN_FDS": "0", "LISTEN_PID": str(os.getpid()), "LISTEN_FDNAMES": "", "HOME": "/root",
+        "STATE_DIRECTORY": "/var/lib/x",
     }  # fmt: skip
     told = Manager.take(environ)
     assert environ == {"HOME": "/root"}
     assert told.present
     assert told.watchdog_secs == 2.0
+    assert told.state_directory == Path("/var/lib/x")
 
 
 def test_what_is_meant_for_another_process_is_not_taken() -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from ksmd.guard import watch as watch_module
+from ksmd.guard.stored import Stored
 from ksmd.guard.watch import Watch
 from ksmd.kernel.userfaultfd import (
     EVENT_FORK,
@@ -75,7 +76,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
 @pytest.fixture
 def watch(kernel: Kernel) -> Iterator[Watch]:
     with select.epoll() as epoll:
-        yield Watch(epoll, lambda: None)
+        yield Watch(epoll, lambda: None, Stored())
 
 
 def descriptor() -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import install_tree
@@ -46,27 +46,27 @@ def service(machine: Machine) -> Iterator[Service]:
     if not machine.running:
         return
     machine.run("systemctl", "stop", "ksmd.service", check=False)
-    print(made.journal("--unit=ksmd", "--lines=60"))
-    made.settings("")
-    made.drop_in("ksmd.service", "")
+    print(made.journal("--unit=ksmd", "--unit=ksmd-pager", "--lines=80"))
+    made.tidy()
     machine.run("systemctl", "reset-failed")
 
 
-@pytest.fixture
-def targets(machine: Machine) -> Iterator[Callable[[], Target]]:
-    """Start victims inside the machine."""
+@pytest.fixture(scope="session")
+def lasting(machine: Machine) -> Iterator[list[Target]]:
+    """Victims that are there already."""
     started: list[Target] = []
-
-    def start() -> Target:
-        started.append(Target(machine))
-        return started[-1]
-
-    yield start
+    yield started
     for one in started:
         one.end()
 
 
 @pytest.fixture
-def pair(targets: Callable[[], Target]) -> tuple[Target, Target]:
-    """Two victims with the same content."""
-    return targets(), targets()
+def pair(machine: Machine, lasting: list[Target]) -> tuple[Target, Target]:
+    """Two victims with the same content; they serve the next test too if all is well with them."""
+    if any(one.ask("check") != "right" or one.store_pages() for one in lasting):
+        for one in lasting:
+            one.end()
+        lasting.clear()
+    while len(lasting) < 2:
+        lasting.append(Target(machine))
+    return lasting[0], lasting[1]

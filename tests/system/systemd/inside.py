@@ -61,6 +61,7 @@ class Service:
 
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
+        self._dropped_in: set[str] = set()
 
     @property
     def main_pid(self) -> int:
@@ -98,8 +99,14 @@ class Service:
         """Send a signal to the main process, or to one of its helpers."""
         self.machine.run("kill", f"-{name}", pid or self.main_pid)
 
+    @property
+    def pager_pid(self) -> int:
+        return int(self.machine.show("ksmd-pager.service", "MainPID"))
+
     def helper(self, comm: str) -> int:
-        """Give the pid of a helper of the main process."""
+        """Give the pid of the pager, or of a helper of the main process."""
+        if comm == "ksmd-pager":
+            return self.pager_pid
         main = self.main_pid
         children = self.machine.run("cat", f"/proc/{main}/task/{main}/children").split()
         named = {self.machine.run("cat", f"/proc/{pid}/comm"): int(pid) for pid in children}
@@ -115,12 +122,19 @@ class Service:
         """Give a unit a drop-in, or take it away with ""."""
         folder = f"/etc/systemd/system/{unit}.d"
         if text:
+            self._dropped_in.add(unit)
             (self.machine.shared / "drop-in").write_text(text)
             self.machine.run("mkdir", "-p", folder)
             self.machine.run("cp", "/run/test/drop-in", f"{folder}/test.conf")
         else:
             self.machine.run("rm", "-rf", folder)
         self.machine.run("systemctl", "daemon-reload")
+
+    def tidy(self) -> None:
+        """Take all drop-ins and settings of the test away."""
+        for unit in self._dropped_in:
+            self.drop_in(unit, "")
+        self.settings("")
 
     def settings(self, text: str) -> None:
         """Put a file of settings into conf.d; "" takes it away."""

@@ -1,0 +1,177 @@
+"""ksmd-pager.service under a real systemd: restarts and accidents of ksmd leave the guard alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from inside import PAGES, Service, Target
+from machine import until
+
+import ksmd
+
+pytestmark = pytest.mark.root
+
+Pair = tuple[Target, Target]
+VERSION_FILE = "/opt/ksmd/lib/python3*/site-packages/ksmd/__init__.py"
+
+
+def right(pair: Pair) -> bool:
+    return [one.ask("check") for one in pair] == ["right", "right"]
+
+
+def merged(pair: Pair) -> bool:
+    return all(one.store_pages() >= 0.9 * PAGES for one in pair)
+
+
+def given_back(pair: Pair) -> bool:
+    return [one.store_pages() for one in pair] == [0, 0] and right(pair)
+
+
+def guarded(pair: Pair) -> bool:
+    """Whether dropped memory reads as zeros, as it would without us."""
+    return [one.ask("drop 77") for one in pair] == ["0", "0"] and right(pair)
+
+
+def knows_what_is_merged(service: Service) -> bool:
+    counted = "the merged pages in the counters"
+    return bool(until(lambda: service.status()["pages_sharing"] >= 0.9 * PAGES, counted))
+
+
+def test_it_is_started_before_ksmd_and_stopped_after_it(service: Service) -> None:
+    service.machine.run("systemctl", "stop", "ksmd-pager.service")
+    service.status()
+    pager, main = service.pager_pid, service.main_pid
+    assert 0 not in (pager, main)
+    assert pager != main
+    assert "ksmd-pager.service" in service.machine.show("ksmd.service", "After")
+    cgroup = service.machine.run("cat", f"/proc/{pager}/cgroup")
+    assert cgroup.endswith("/ksmd-pager.service")
+    assert service.machine.show("ksmd-pager.service", "OOMScoreAdjust") == "-1000"
+
+
+def test_its_sandbox_is_that_of_ksmd() -> None:
+    """What it runs before it stops does what ksmd does."""
+
+    def sandbox(name: str) -> list[str]:
+        text = (Path(ksmd.__file__).parents[1] / "systemd" / name).read_text()
+        lines = text.partition("# --- sandbox")[2].partition("[Install]")[0].splitlines()
+        return [line for line in lines if line and not line.startswith(("#", "-"))]
+
+    assert sandbox("ksmd-pager.service") == sandbox("ksmd.service")
+    assert len(sandbox("ksmd.service")) > 30
+
+
+def test_a_restart_of_ksmd_leaves_all_merged_and_the_pager_untouched(
+    service: Service, pair: Pair
+) -> None:
+    counted = service.settle()["full_scans"]
+    pager, main = service.pager_pid, service.main_pid
+    assert merged(pair)
+    service.machine.run("systemctl", "restart", "ksmd.service")
+    assert merged(pair)  # although on_stop is unmerge
+    assert service.status()["full_scans"] >= counted >= 1  # as if nothing had happened
+    assert guarded(pair)
+    assert knows_what_is_merged(service)
+    assert service.pager_pid == pager
+    assert service.main_pid not in (0, main)
+    assert "stopping for a restart" in service.journal("--unit=ksmd")
+
+
+def test_an_upgrade_of_ksmd_replaces_the_pager_and_leaves_all_merged(
+    service: Service, pair: Pair
+) -> None:
+    service.settle()
+    pager = service.pager_pid
+
+    def install(version: str) -> None:
+        change = f's/^__version__ = .*/__version__ = "{version}"/'
+        service.machine.run("sh", "-c", f"sed -i '{change}' {VERSION_FILE}")
+        service.machine.run("systemctl", "try-restart", "ksmd.service")  # as the package does
+
+    try:
+        install("99.0")
+        assert merged(pair)
+        assert guarded(pair)
+        assert knows_what_is_merged(service)
+        assert service.pager_pid not in (0, pager)
+        assert service.machine.run("pgrep", "^ksmd-pager") == str(service.pager_pid)
+    finally:
+        install(ksmd.__version__)
+    assert knows_what_is_merged(service)
+    assert guarded(pair)
+
+
+def test_stopping_ksmd_with_on_stop_keep_leaves_the_guard_and_stopping_the_pager_unmerges(
+    service: Service, pair: Pair
+) -> None:
+    machine = service.machine
+    machine.run("sed", "-i", "s/^on_stop:.*/on_stop: keep/", "/etc/ksmd/ksmd.yaml")
+    try:
+        service.settle()
+        pager = service.pager_pid
+        machine.run("systemctl", "stop", "ksmd.service")
+        assert merged(pair)
+        assert guarded(pair)
+        assert service.pager_pid == pager
+        machine.run("systemctl", "stop", "ksmd-pager.service")
+        assert given_back(pair)
+        assert machine.show("ksmd-pager.service", "Result") == "success"
+        assert service.state == "inactive/dead/success"  # nor was it started to help
+        assert machine.code("pgrep", "^ksmd-") == 1
+    finally:
+        machine.run("sed", "-i", "s/^on_stop:.*/on_stop: unmerge/", "/etc/ksmd/ksmd.yaml")
+
+
+def test_stopping_the_pager_under_a_ksmd_that_runs_unmerges_and_keeps_it_so(
+    service: Service, pair: Pair
+) -> None:
+    service.settle()
+    assert merged(pair)
+    service.machine.run("systemctl", "restart", "ksmd-pager.service")
+    assert given_back(pair)
+    assert service.state == "active/running/success"
+    assert service.status()["paused"]
+    service.call("Resume")
+    assert service.settle()["pages_sharing"] >= 0.9 * PAGES
+    assert service.machine.run("pgrep", "^ksmd-pager") == str(service.pager_pid)
+    assert guarded(pair)
+
+
+def test_when_pager_and_daemon_are_killed_at_once_the_guard_stands_and_all_comes_back(
+    service: Service, pair: Pair
+) -> None:
+    service.settle()
+    pager, main = service.pager_pid, service.main_pid
+    service.machine.run("kill", "-KILL", pager, main)
+    assert guarded(pair)  # they wait for the next pager; nothing of the store shines through
+    until(lambda: service.pager_pid not in (0, pager), "another pager")
+    until(lambda: service.main_pid not in (0, main), "another daemon")
+    assert service.settle()["pages_sharing"] >= 0.9 * PAGES
+    told = service.journal("--unit=ksmd", "--since=-30s")
+    assert "lost its pins" in told  # so who mapped it had its pages back before that
+    assert "nobody guards" not in told
+    assert guarded(pair)
+
+
+def test_without_its_unit_ksmd_starts_a_pager_of_its_own_that_outlives_it_too(
+    service: Service, pair: Pair
+) -> None:
+    machine = service.machine
+    machine.run("systemctl", "stop", "ksmd-pager.service")
+    machine.run("systemctl", "mask", "--runtime", "ksmd-pager.service")
+    try:
+        service.settle()
+        main = service.main_pid
+        pager = machine.run("pgrep", "^ksmd-pager")
+        assert machine.run("cat", f"/proc/{pager}/cgroup").endswith("/ksmd.service")
+        service.signal("KILL")
+        assert guarded(pair)
+        until(lambda: service.main_pid not in (0, main), "another daemon")
+        assert knows_what_is_merged(service)
+        assert machine.run("pgrep", "^ksmd-pager") == pager
+        machine.run("systemctl", "stop", "ksmd.service")
+        assert given_back(pair)
+        assert machine.code("pgrep", "^ksmd-") == 1
+    finally:
+        machine.run("systemctl", "unmask", "--runtime", "ksmd-pager.service")
