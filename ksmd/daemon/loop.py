@@ -56,7 +56,7 @@ class Loop:
 
     *background* yields floats, the seconds to wait, and ends with a pass; *settled* tells whether
     that pass left anything to do, and so how soon the next one comes; *stirred* whether there is
-    reason for one before its time.
+    reason for one before its time. *pace* gives the seconds that a step has to wait at least.
     """
 
     def __init__(
@@ -65,6 +65,7 @@ class Loop:
         background_allowed: Callable[[], bool],
         settled: Callable[[], bool],
         stirred: Callable[[], bool],
+        pace: Callable[[], float],
         housekeep: Callable[[], None],
         on_signal: Callable[[int], None],
     ) -> None:
@@ -72,6 +73,7 @@ class Loop:
         self._allowed = background_allowed
         self._settled = settled
         self._stirred = stirred
+        self._pace = pace
         self._idle = 0.0  # the last pause after a settled pass
         self._next_look = 0.0
         self._housekeep = housekeep
@@ -189,7 +191,7 @@ class Loop:
         if self._work is None:
             self._work = self._background()
         try:
-            return next(self._work)
+            return max(next(self._work), self._pace())
         except StopIteration:
             self._work = None
             return self._pause()

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from ksmd.core.budget import step_pages
 from ksmd.core.ledger import Ledger
 from ksmd.daemon.accounting import Accounting
 from ksmd.daemon.exclusive import Exclusive
@@ -72,8 +73,9 @@ class Pipeline:
         pause = 0.0 if asked else self._settings.scan.sleep_millisecs / 1000
         for _ in self.targets.refreshing():
             yield 0.0
-        scan = ScanResult()
-        for _ in self.scanner.full_scan(self._settings.scan.pages_to_scan, scan, eager=asked):
+        scan, settings = ScanResult(), self._settings.scan
+        pages = step_pages(settings.pages_to_scan, 0 if asked else settings.cpu_percent)
+        for _ in self.scanner.full_scan(pages, scan, eager=asked):
             yield pause
         self.ledger.full_scans += 1
         self.ledger.pages_scanned += scan.scanned

@@ -21,6 +21,7 @@ from ksmd.daemon.continuity import LedgerFile
 from ksmd.daemon.control import ControlServer
 from ksmd.daemon.loop import Job, Loop, watch_pid
 from ksmd.daemon.notify import Manager
+from ksmd.daemon.pace import Pace
 from ksmd.daemon.pipeline import AskedResult, Pipeline
 from ksmd.daemon.programs import Programs
 from ksmd.daemon.targets import Targets
@@ -88,11 +89,13 @@ class Service:
         state = self.manager.state_directory
         self._counters = LedgerFile(state, self.pipeline.ledger, procfs.boot_id())
         self._counters.restore()
+        self._budget = Pace()
         self.loop = Loop(
             self._background,
             self._may_scan,
             self._settled,
             targets.stirred,
+            self._pace,
             self._housekeep,
             self._on_signal,
         )
@@ -184,6 +187,13 @@ class Service:
     def _may_scan(self) -> bool:
         something = self._settings.targets or len(self.programs.registry)
         return not self._paused and self._settings.run == "merge" and bool(something)
+
+    def _pace(self) -> float:
+        return self._budget.pause(self._settings.scan.cpu_percent, self._ours)
+
+    @property
+    def _ours(self) -> tuple[int, int, int]:
+        return os.getpid(), self._pager.pid, self._engine.pid
 
     def _settled(self) -> bool:
         return self.pipeline.last is not None and self.pipeline.last.settled
@@ -318,8 +328,7 @@ class Service:
         return {"targets": self.programs.visible(call, self.server.gid, status)}
 
     def _status(self) -> dict[str, Any]:
-        ours = (os.getpid(), self._pager.pid, self._engine.pid)
-        status = report.status(self.pipeline, self._paused, ours)
+        status = report.status(self.pipeline, self._paused, self._ours)
         status.sources = self._tuning.sources()
         return report.as_dict(status)
 

@@ -36,6 +36,10 @@ class ThreadInfo:
     flags: int
 
 
+#: Settings of ``scan`` that StartStopThread gives.
+_SET_BY_CALL = ("pages_to_scan", "sleep_millisecs", "max_pages_to_merge")
+
+
 @dataclass(slots=True)
 class Tuning:
     """``base``: what the file says; ``origins``: "file:line" by path, for what the file gives."""
@@ -96,11 +100,9 @@ class Tuning:
         return ThreadInfo(*counts, flags)
 
     def sources(self) -> dict[str, str]:
-        """Say where ``run`` and ``scan:`` come from: "default", "file:line", "StartStopThread"."""
-        paths: list[tuple[str, ...]] = [("run",)]
-        paths += [("scan", name) for name in type(self.base.scan).model_fields]
+        """Say where what a call can set comes from: "default", "file:line", "StartStopThread"."""
         found = {}
-        for path in paths:
+        for path in (("run",), *(("scan", name) for name in _SET_BY_CALL)):
             origin = self.origins.get(path, "default")
             found[".".join(path)] = _SOURCE if self.given is not None else origin
         return found

@@ -12,7 +12,6 @@ under way. Nothing else depends on what targets did meanwhile, so a new pager is
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import secrets
 import select
@@ -25,7 +24,7 @@ from typing import Any
 
 from ksmd import __version__
 from ksmd.guard import door
-from ksmd.guard.held import Held, KeptExtent
+from ksmd.guard.held import Held, KeptExtent, duplicate
 from ksmd.guard.intervals import Intervals
 from ksmd.kernel import channel, libc
 from ksmd.model.errors import KsmdError
@@ -292,8 +291,8 @@ class Pager:
         """
         if target in self._held:
             raise ValueError(f"{target} is guarded already")
-        held = Held(_duplicate(fd), Intervals(ranges), about=about or {})
-        held.track = _duplicate(track) if track >= 0 else -1
+        held = Held(duplicate(fd), Intervals(ranges), about=about or {})
+        held.track = duplicate(track) if track >= 0 else -1
         self._held[target] = held
         try:
             self._tell(target, held)
@@ -308,7 +307,7 @@ class Pager:
     def contexts(self, target: int) -> tuple[int, int]:
         """Give duplicates of a target's guard and tracking context (-1: none); the caller's."""
         held = self._held[target]
-        return _duplicate(held.fd), _duplicate(held.track) if held.track >= 0 else -1
+        return duplicate(held.fd), duplicate(held.track) if held.track >= 0 else -1
 
     @property
     def unsettled(self) -> list[int]:
@@ -343,10 +342,6 @@ class Pager:
         if target in self._held:
             self._held[target].unmerging = False
             self._forget("settle", target, list(self._held[target].owed))
-
-    def retract(self, target: int, ranges: Ranges) -> None:
-        """Take announced ranges back: the window did not merge them, or they were unmerged."""
-        self._forget("retract", target, ranges)
 
     def keep(self, extent: KeptExtent) -> None:
         """Have the pager hold an extent in place, so that our death does not move it."""
@@ -502,7 +497,3 @@ class Pager:
             except PagerGoneError:
                 return False
         return True
-
-
-def _duplicate(fd: int) -> int:
-    return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)

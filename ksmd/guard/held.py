@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from dataclasses import dataclass, field
 from typing import Any
@@ -45,3 +46,8 @@ class Held:
         """Close them."""
         for fd in self.fds:
             os.close(fd)
+
+
+def duplicate(fd: int) -> int:
+    """Give a second descriptor of the same file, which no child process inherits."""
+    return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)

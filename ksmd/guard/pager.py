@@ -17,7 +17,6 @@ Messages (``do``), each answered with {"ok": true, ...} or {"ok": false, "error"
               tracking context beside it. ``child``: the key of a child's.
 ``extend``    {id, ranges}: these are about to be merged; told before the stop window.
 ``settle``    {id, ranges}: these are merged, populated, and each VMA had its UFFDIO_CONTINUE.
-``retract``   {id, ranges}: these are not merged (any more).
 ``drop``      {id}: the target is gone or has nothing merged. Its children stay guarded.
 ``children``  {id} -> {children}: living contexts that descend from the target.
 ``stats``     -> the counters.
@@ -288,7 +287,7 @@ class Pager:
         match header["do"]:
             case "guard":
                 self._guard(header, fds)
-            case "extend" | "settle" | "retract" as verb:
+            case "extend" | "settle" as verb:
                 self._change(verb, header)
             case "drop":
                 self._watch.drop(header["id"])

@@ -109,7 +109,7 @@ class Noted:
                 self.highest = max(self.highest, header["id"])
                 owed = Intervals((start, end) for start, end in header["ranges"])
                 self.targets[header["id"]] = owed, header["about"]
-            case "extend" | "settle" | "retract" as verb if header["id"] in self.targets:
+            case "extend" | "settle" as verb if header["id"] in self.targets:
                 owed, _ = self.targets[header["id"]]
                 change = owed.add if verb == "extend" else owed.remove
                 for start, end in header["ranges"]:

@@ -342,6 +342,15 @@ def status_fields(pid: int, tid: int | None = None) -> dict[str, str]:
     return parse_fields(read_file(f"/proc/{path}", f"process {pid}"))
 
 
+def cpu_seconds(pid: int) -> float:
+    """CPU time, user and system, of a process of ours since its start; 0.0 when it is gone."""
+    try:
+        fields = read_process(pid, "stat").rpartition(b")")[2].split()
+    except TargetGoneError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def anonymous_pages(pid: int) -> int:
     """Count a process's resident pages that are no file's (statm); 0 when it is gone."""
     try:

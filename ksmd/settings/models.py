@@ -68,6 +68,12 @@ class Scan(_Model):
     max_pages_to_merge: Count = Field(
         default=25000, description="The most pages to merge between two sleeps."
     )
+    cpu_percent: Annotated[int, Field(ge=0, le=10_000)] = Field(
+        default=0,
+        description="Percent of one core that all of ksmd's processes together may take over any "
+        "ten seconds for what they do by themselves. What is asked for (ksmctl scan, SIGUSR1, "
+        "programs' calls) is not held back by it. 0: no limit.",
+    )
 
 
 @dataclass(frozen=True, slots=True)

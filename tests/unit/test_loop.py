@@ -33,7 +33,7 @@ class World:
         monkeypatch.setattr(module.time, "monotonic", self.clock.monotonic)
         self.loop = Loop(
             self._background, lambda: True, lambda: self.settled, self._stirred,
-            lambda: None, lambda _: None,
+            lambda: 0.0, lambda: None, lambda _: None,
         )  # fmt: skip
         monkeypatch.setattr(self.loop, "_events", self._wait)
 

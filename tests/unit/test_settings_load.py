@@ -45,6 +45,7 @@ def test_the_example_of_the_contract_loads():
         "pages_to_scan": 100,
         "sleep_millisecs": 0,
         "max_pages_to_merge": 7,
+        "cpu_percent": 0,
     }
     assert (first.match.exe, first.match.unit) == ("/usr/bin/python3*", "infer@*.service")
     assert first.match.pid == (1, 2)

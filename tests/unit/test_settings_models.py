@@ -21,7 +21,12 @@ def test_the_defaults_are_those_of_the_contract():
         "socket": "/run/ksmd/ksmd.sock",
         "socket_mode": "0600",
         "socket_group": "root",
-        "scan": {"pages_to_scan": 25000, "sleep_millisecs": 20, "max_pages_to_merge": 25000},
+        "scan": {
+            "pages_to_scan": 25000,
+            "sleep_millisecs": 20,
+            "max_pages_to_merge": 25000,
+            "cpu_percent": 0,
+        },
         "tables": {"page_hash_size": 0, "rmap_hash_size": 0, "sha1_hash_size": 0},
         "window": {"deadline_ms": 10, "max_pages": 2048, "max_runs": 300, "interval_secs": 10},
         "limits": {"vma_percent": 50, "regions_per_user": 1024},
@@ -59,6 +64,7 @@ def test_a_given_table_size_is_kept_however_small():
     [
         ("scan", "pages_to_scan", 1, 2**32 - 1),
         ("scan", "max_pages_to_merge", 1, 2**32 - 1),
+        ("scan", "cpu_percent", 0, 10_000),
         ("scan", "sleep_millisecs", 0, 3_600_000),
         ("tables", "page_hash_size", 0, 2**32 - 1),
         ("window", "deadline_ms", 1, 1000),
