@@ -165,10 +165,23 @@ class Merger:
         self._targets.plans_begun += 1
         self._targets.plans_under_way += 1
         try:
+            yield from self._look_again(domain, plan, result)
             yield from self._merge_extents(domain, plan, asked, result)
             yield from self._drop_zeros(domain, plan, asked, result)
         finally:
             self._targets.plans_under_way -= 1
+
+    def _look_again(self, domain: Domain, plan: Plan, result: MergeResult) -> Iterator[MergeResult]:
+        """Read the maps of who takes part anew: now that the content of the pages is known.
+
+        A program may have made a mapping afresh since the scan began, at the same address and with
+        flags that forbid merging. Those were given before there was content to be found.
+        """
+        slots = np.union1d(plan.merges["target"], plan.zeros["target"])
+        for target in self._of(domain):
+            if target.slot in slots:
+                self._targets.read_areas(target)
+                yield result
 
     def _merge_extents(
         self, domain: Domain, plan: Plan, asked: Asked, result: MergeResult
