@@ -1,0 +1,71 @@
+"""One pass of scan and merge, taken apart: what programs do between its steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from kernel_victims import Victim
+
+from ksmd.daemon.merger import MergeResult
+from ksmd.daemon.pipeline import Pipeline
+from ksmd.daemon.scanner import ScanResult
+from ksmd.daemon.targets import Targets
+from ksmd.guard.client import Pager
+from ksmd.kernel.iouring import PinRing
+from ksmd.remap.engine import Engine
+from ksmd.settings import Settings
+
+pytestmark = pytest.mark.root
+
+NPAGES = 64
+MADV_DONTFORK, MADV_DONTDUMP, MADV_WIPEONFORK = 10, 16, 18
+SCRIPT = f"at = anon({NPAGES} * PAGE); fill(at, {NPAGES}); reply(at)\n"
+
+
+@pytest.fixture
+def pipeline() -> Iterator[Pipeline]:
+    settings = Settings.model_validate({"version": 1})
+    pager, engine = Pager(), Engine()
+    pager.start()
+    engine.start()
+    targets = Targets(settings, settings.resolved_tables(1 << 20), PinRing(), pager)
+    yield Pipeline(targets, engine, pager)
+    for target in targets:
+        targets.drop(target)
+    engine.close()
+    pager.close(force=True)
+
+
+def select(pipeline: Pipeline, *victims: Victim) -> None:
+    chosen = [
+        {"name": f"v{v.pid}", "match": {"pid": v.pid}, "domain": "d",
+         "regions": [{"start": v.ready, "npages": NPAGES}]}
+        for v in victims
+    ]  # fmt: skip
+    pipeline.targets.settings = Settings.model_validate({"version": 1, "targets": chosen})
+    pipeline.targets.refresh()
+
+
+def merge(pipeline: Pipeline) -> MergeResult:
+    result = MergeResult()
+    for _ in pipeline.merger.merge_pass(True, result):
+        pass
+    return result
+
+
+@pytest.mark.parametrize("advice", [None, MADV_DONTFORK, MADV_DONTDUMP, MADV_WIPEONFORK])
+def test_what_was_made_afresh_after_the_scan_keeps_its_flags(
+    pipeline: Pipeline, advice: int | None
+) -> None:
+    with Victim(SCRIPT) as one, Victim(SCRIPT) as other, Victim(SCRIPT) as third:
+        select(pipeline, one, other, third)
+        for _ in pipeline.scanner.full_scan(1 << 20, ScanResult(), eager=True):
+            pass
+        assert one.ask(f"[map({NPAGES} * PAGE, at={one.ready}), madvise(at, {NPAGES} * PAGE, 15)]")
+        if advice is not None:
+            assert one.ask(f"madvise({one.ready}, {NPAGES} * PAGE, {advice})") == 0
+        one.ask(f"fill({one.ready}, {NPAGES})")
+        merged = merge(pipeline).merged
+        assert merged == (3 if advice is None else 2) * NPAGES
+        assert one.ask(f"touch({one.ready}, {NPAGES})") == sum(range(2, NPAGES + 2))
