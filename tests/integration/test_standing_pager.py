@@ -140,7 +140,7 @@ def contexts() -> Iterator[tuple[int, int]]:
 
 @pytest.fixture
 def extent() -> Iterator[memfd.ExtentMap]:
-    extent = memfd.create_extent("ksmd-test-standing", PAGES, huge=False)
+    extent = memfd.create_extent("ksmd-test-standing", PAGES)
     libc.view(extent.address, extent.length)[:] = b"k" * extent.length
     memfd.lock(extent)
     yield extent
