@@ -114,17 +114,22 @@ def _inside(records: Records, areas: Sequence[Area]) -> Records:
 
 
 def _short(records: Records, max_pages: int) -> Records:
-    """Cut records into such that none is too long for a window, or to be lost as a whole."""
+    """Cut records into such that none is too long for a window, or to be lost as a whole.
+
+    At multiples of that length, so that huge pages of the target are moved as a whole.
+    """
     longest = np.uint64(min(_LONGEST, max_pages << PAGE_SHIFT))
-    count = (-(-records["length"].astype(np.int64) // int(longest))).astype(np.int64)
+    before = records["start"] % longest
+    count = -(-(before + records["length"]).astype(np.int64) // int(longest))
     if not len(records) or count.max() == 1:
         return records
-    cut = np.repeat(records, count)
+    cut, first = np.repeat(records, count), np.repeat(before, count)
     number = np.arange(len(cut)) - np.repeat(np.cumsum(count) - count, count)
-    ahead = number.astype(np.uint64) * longest
-    cut["start"] += ahead
-    _move_offsets(cut, ahead)
-    cut["length"] = np.minimum(longest, cut["length"] - ahead)
+    edge = number.astype(np.uint64) * longest  # from the multiple below the record
+    low, high = np.maximum(edge, first), np.minimum(edge + longest, first + cut["length"])
+    cut["start"] += low - first
+    cut["length"] = high - low
+    _move_offsets(cut, low - first)
     return cut
 
 

@@ -1,10 +1,10 @@
 """The store of one trust domain: the shared pages, in extents that live and end as a whole.
 
 An extent is made for a plan, filled once by copying from the targets, locked, pinned, and never
-written again. The order matters: huge pages first (collapsing later would unmap every user), then
-the copy, then mlock (reclaim would drop page table entries, and a dropped entry reads as zeros
-under the guard), then the long-term pin (any process that maps the extent could have it collapsed
-otherwise, with the same effect). Its memory comes back when nobody uses any page of it.
+written again. The order matters: large folios first (kernel/memfd.py), then the copy, then mlock
+(reclaim would drop page table entries, and a dropped entry reads as zeros under the guard), then
+the long-term pin (any process that maps the extent could have it collapsed otherwise, with the same
+effect). Its memory comes back when nobody uses any page of it.
 """
 
 from __future__ import annotations

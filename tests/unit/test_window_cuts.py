@@ -77,3 +77,11 @@ def test_zero_runs_are_cut_at_the_same_borders_and_need_no_extent(
     wanted = {p for first, end in ranges(zeros) for p in range(first, end)}
     allowed = {p for a in where for p in range(a.start // PAGE, a.end // PAGE)}
     assert sorted(found) == sorted(wanted & allowed)
+
+
+def test_long_runs_are_cut_where_huge_pages_begin() -> None:
+    table = np.zeros(1, RUN)
+    table["page"], table["npages"], table["index"] = 1000, 1500, 7
+    records = merge_records(table, [area(0, 5000)], 2048)
+    found = np.stack([records[name] // PAGE for name in ("start", "length", "offset")], axis=1)
+    assert found.tolist() == [[1000, 24, 7], [1024, 512, 31], [1536, 512, 543], [2048, 452, 1055]]
