@@ -67,11 +67,16 @@ def family(count):
     'Fork children that only wait; they end with us.'
     pids = []
     for _ in range(count):
+        told, tell = os.pipe()
         pid = os.fork()
         if pid == 0:
             libc.prctl(1, 9, 0, 0, 0)
+            os.write(tell, b'x')
             while True:
                 time.sleep(3600)
+        os.read(told, 1)  # or it might not end with us
+        os.close(told)
+        os.close(tell)
         pids.append(pid)
     return pids
 
