@@ -85,6 +85,7 @@ class Target:
     zero_pages: int = 0
     anonymous: int = 0  # pages that are no file's, at the last count
     vmas: int = 0
+    handles_faults: bool = False  # by a userfaultfd of its own, when its maps were read last
     mappings: list[Mapping] = field(default_factory=list)
     sites: NDArray[np.uint64] = field(default_factory=lambda: np.empty(0, np.uint64))
     broken: int = 0
@@ -128,7 +129,13 @@ class Target:
         return base * (1 << self.misses)
 
     def may_stop(self, now: float, interval: float, asked: bool) -> bool:
-        """Whether a stop window may be opened now."""
+        """Whether a stop window may be opened now.
+
+        Not in a program that handles page faults itself: a stop takes the fault of a waiting thread
+        back, and whoever was told of it by poll(2) reads EAGAIN.
+        """
+        if self.handles_faults:
+            return False
         if self.refused is not None and self.refused not in PASSING:
             return False
         return asked or (now >= self.retry_at and now - self.last_window >= interval)

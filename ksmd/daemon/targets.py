@@ -40,6 +40,8 @@ from ksmd.settings.models import TableSizes
 STORE_PATH = "/memfd:ksmd-"
 #: What is registered of one process, or of all (None): one entry for each process.
 Registered = Callable[[TargetId | None], Iterable[Selected]]
+#: VmFlags of memory that is registered with a userfaultfd: missing, write-protected, minor.
+_FAULT_FLAGS = frozenset({"um", "uw", "ui"})
 _TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 
 
@@ -308,6 +310,7 @@ class Targets:
             return
         target.vmas = len(vmas)
         target.mappings = [Mapping(vma, extents[vma.inode]) for vma in vmas if ours(vma)]
+        target.handles_faults = any(vma.flags & _FAULT_FLAGS and not ours(vma) for vma in vmas)
         target.areas, target.refused_ranges = areas(
             vmas, target.selected.regions, also=target.selected.also, merged_by_us=ours
         )

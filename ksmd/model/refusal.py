@@ -111,7 +111,7 @@ SENTENCES: dict[Reason, str] = {
     Reason.DROPPABLE: "droppable memory (MAP_DROPPABLE)",
     Reason.HUGETLB: "hugetlbfs pages are not merged",
     Reason.PFN_IO: "a mapping of a device or of raw frames",
-    Reason.USERFAULTFD: "the program handles page faults of this range itself (userfaultfd)",
+    Reason.USERFAULTFD: "the program handles page faults here itself, and is not stopped",
     Reason.KERNEL_KSM: "the kernel's own KSM works on this range (MADV_MERGEABLE)",
     Reason.OTHER_FLAGS: "the mapping has a flag that ksmd does not know, so it is left alone",
     Reason.NOT_MAPPED: "nothing is mapped there",

@@ -27,7 +27,8 @@ from ksmd.model.errors import KsmdError
 pytestmark = [pytest.mark.root, pytest.mark.slow]
 
 BENCH = [sys.executable, "-m", "ksmd.bench"]
-TINY = ["--mib", "2", "--victims", "3", "--rounds", "1", "--json"]
+# smaller, and the few pages that a stop costs a victim are more than 1 %
+TINY = ["--mib", "4", "--victims", "3", "--rounds", "1", "--json"]
 
 
 def settings() -> dict[str, str]:
@@ -100,7 +101,7 @@ def test_both_sides_are_measured_and_the_settings_of_ksm_come_back() -> None:
     (workload,) = run("--only", "W2")["workloads"]
     assert settings() == before
     assert workload["ksm"]["median"]["saved_share"] > 0.95
-    assert workload["ksm"]["runs"][0]["details"]["rmap_items"] >= 3 * 512
+    assert workload["ksm"]["runs"][0]["details"]["rmap_items"] >= 3 * 1024
     for name in ("wall_99", "cpu_end", "metadata_per_page"):
         assert workload["ratios"][name] > 0, name
     assert int((ksm.SYSFS / "pages_shared").read_text()) == 0

@@ -71,6 +71,8 @@ static void step(u64 *digest, struct rng *r, int count)
 	const struct op *op = choose(r, count);
 
 	noted.how = noted.slot = noted.first = noted.pages = 0;
+	if (count == NOPS && done % 50 == 0)
+		end_faults();
 	op->run(digest, r);
 	if (trace)
 		fprintf(trace, "%ld %s %016lx (slot %ld pages %ld+%ld, %ld)\n", done, op->name,

@@ -237,6 +237,23 @@ static void *answer_faults(void *unused)
 	return NULL;
 }
 
+static void stop_answering(struct slot *s)
+{
+	struct uffdio_range range = { (u64)(uintptr_t)s->at, (u64)s->pages * PAGE };
+
+	if (ioctl(faults, UFFDIO_UNREGISTER, &range))
+		die("UFFDIO_UNREGISTER");
+	s->traits &= ~(unsigned)FAULTED;
+}
+
+/* A process is not stopped while it answers faults itself: not for long, or nothing would merge. */
+static void end_faults(void)
+{
+	for (int i = 0; i < SLOTS; i++)
+		if (slots[i].traits & FAULTED)
+			stop_answering(&slots[i]);
+}
+
 /*
  * Always over fresh memory: what README calls "the ranges of a program's own userfaultfd". They
  * become candidates when they are unregistered.
@@ -248,11 +265,7 @@ static void op_faults(u64 *digest, struct rng *r)
 	int ends[2];
 
 	if (s->traits & FAULTED) {
-		struct uffdio_range range = { (u64)(uintptr_t)s->at, (u64)s->pages * PAGE };
-
-		if (ioctl(faults, UFFDIO_UNREGISTER, &range))
-			die("UFFDIO_UNREGISTER");
-		s->traits &= ~(unsigned)FAULTED;
+		stop_answering(s);
 		return;
 	}
 	empty(s);
