@@ -41,7 +41,7 @@ STRESS = {
     "sort": "--qsort 1 --mergesort 1 --heapsort 1 --tree 1 --matrix 1 --memcpy 1",
     "children": "--fork 1 --fork-vm --vforkmany 1 --clone 1 --clone-max 16 --exec 1 --exec-max 4",
     "madvise": "--madvise 2 --mmapaddr 1 --mlock 1 --memfd 1 --remap 1 --vm-rw 1",
-    "io": "--aio 1 --aiol 1 --io-uring 1 --vm-splice 1 --userfaultfd 1 --sigsegv 1",
+    "io": "--aio 1 --aiol 1 --io-uring 1 --vm-splice 1 --sigsegv 1",
     "memrate": "--memthrash 1 --memrate 1 --memrate-bytes 32m --shm 1 --ptrace 1",
 }
 
@@ -58,6 +58,21 @@ def test_stress_ng_verifies_what_it_does(crowd, tmp_path, name):
         assert stress.returncode == 0, said
         assert "fail:" not in said, said
         assert "passed" in said or "successful run completed" in said, said
+
+
+def test_a_program_that_handles_page_faults_itself_is_left_to_it(crowd, tmp_path):
+    """Nor is it held by SIGSTOP: any stop takes a fault back, which stress-ng calls a failure."""
+    need("stress-ng")
+    with crowd(0) as it:
+        stress = it.start(
+            "stress-ng", "--userfaultfd", "2", "--verify", "--timeout", "1h", cwd=tmp_path
+        )
+        it.work()
+        stress.send_signal(signal.SIGINT)
+        said, _ = stress.communicate(timeout=120)
+        assert stress.returncode == 0, said
+        assert "fail:" not in said, said
+        assert it.stirrer.figures.scans >= 2, it.stirrer.figures
 
 
 def test_memtester_finds_no_fault(crowd):
