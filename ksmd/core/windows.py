@@ -18,7 +18,7 @@ from ksmd.model.window import Op, Record
 Records = NDArray[np.void]
 
 #: Bytes of one record: where one page has changed meanwhile, its whole record is left as it was.
-_LONGEST = 512 << PAGE_SHIFT
+_LONGEST = HUGE_PAGE_SIZE
 _SHIFT = np.uint64(PAGE_SHIFT)
 
 

@@ -78,11 +78,13 @@ class Accounting:
             target.emptied.clear()
         if not len(target.zeros):
             return 0
-        for start, end in _groups(target.zeros):
-            present = target.pagemap.present(start << PAGE_SHIFT, end << PAGE_SHIFT, 0)
-            written = np.isin(target.zeros, present.pages, assume_unique=True)
-            target.zeros = target.zeros[~written]
-        return int(np.count_nonzero(zeros_in_areas(target)))
+        written = [
+            target.pagemap.present(start << PAGE_SHIFT, end << PAGE_SHIFT, 0).pages
+            for start, end in _groups(target.zeros)
+        ]
+        target.zeros = np.setdiff1d(target.zeros, np.concatenate(written), assume_unique=True)
+        areas = sorted((area.start >> PAGE_SHIFT, area.end >> PAGE_SHIFT) for area in target.areas)
+        return int(np.count_nonzero(Spans(areas).find(target.zeros)[1]))
 
     def _release_unused(self) -> None:
         """An extent goes when no target maps it; children that fork made may map any of them.
@@ -105,12 +107,6 @@ class Accounting:
                     domain.store.release(extent.number)
                 finally:  # its pins may have been the last of a ring
                     self._targets.hold_rings()
-
-
-def zeros_in_areas(target: Target) -> NDArray[np.bool_]:
-    """Tell which of the target's zero pages lie in areas that it has now."""
-    areas = sorted((area.start >> PAGE_SHIFT, area.end >> PAGE_SHIFT) for area in target.areas)
-    return Spans(areas).find(target.zeros)[1]
 
 
 def _groups(pages: NDArray[np.uint64]) -> Iterator[tuple[int, int]]:

@@ -27,10 +27,10 @@ def confirmed(
     domain: Domain, target: Target, extent: Extent, records: Records, refused: Counter[Reason]
 ) -> Records:
     """Keep records whose store pages are sound and whose digests match, before any stop."""
-    counts = (records["length"] >> np.uint64(PAGE_SHIFT)).astype(np.int64)
-    first = extent.indexes(records["offset"])
+    first, end = _places(extent, records)
+    counts = end - first
     bad = np.concatenate(([0], np.cumsum(~extent.good)))
-    sound = bad[first + counts] == bad[first]
+    sound = bad[end] == bad[first]
     refused[Reason.CHANGED] += int(counts[~sound].sum())
     records, counts, first = records[sound], counts[sound], first[sound]
     own = _own(target, records)
@@ -48,10 +48,10 @@ def confirmed(
     same = np.zeros(len(records), np.bool_)
     at = 0
     for number, (index, sample) in enumerate(zip(first.tolist(), samples, strict=True)):
-        end = at + len(sample) * HEAD_SIZE
+        until = at + len(sample) * HEAD_SIZE
         digest = _digest(domain, extent, index, int(counts[number]))
-        same[number] = domain.digest.of_heads(heads[at:end]) == digest
-        at = end
+        same[number] = domain.digest.of_heads(heads[at:until]) == digest
+        at = until
     refused[Reason.DIGEST] += int(counts[~same].sum())
     return records[same]
 

@@ -17,5 +17,8 @@ class Pace:
 
     def pause(self, percent: int, pids: Iterable[int]) -> float:
         """Give the seconds to wait before the next step; *pids* are our processes."""
+        if not percent:
+            self._budget = CpuBudget()  # what is used meanwhile is owed to nobody
+            return 0.0
         used = {pid: procfs.cpu_seconds(pid) for pid in pids}
         return self._budget.wait(percent, time.monotonic(), used)

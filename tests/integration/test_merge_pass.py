@@ -20,6 +20,16 @@ pytestmark = pytest.mark.root
 
 NPAGES = 64
 MADV_DONTFORK, MADV_DONTDUMP, MADV_WIPEONFORK = 10, 16, 18
+#: Registers a range with a userfaultfd of the program's own.
+OWN_FAULTS = """
+def handle_faults(address, length):
+    fd = libc.syscall(323, 0o2004000)
+    one = (ctypes.c_uint64 * 3)(0xAA, 0, 0)
+    assert libc.ioctl(fd, ctypes.c_ulong(0xC018AA3F), one) == 0, ctypes.get_errno()
+    other = (ctypes.c_uint64 * 4)(address, length, 1, 0)
+    assert libc.ioctl(fd, ctypes.c_ulong(0xC020AA00), other) == 0, ctypes.get_errno()
+    return fd
+"""
 SCRIPT = f"at = anon({NPAGES} * PAGE); fill(at, {NPAGES}); reply(at)\n"
 
 
@@ -69,3 +79,19 @@ def test_what_was_made_afresh_after_the_scan_keeps_its_flags(
         merged = merge(pipeline).merged
         assert merged == (3 if advice is None else 2) * NPAGES
         assert one.ask(f"touch({one.ready}, {NPAGES})") == sum(range(2, NPAGES + 2))
+
+
+def test_a_program_is_not_stopped_while_it_handles_page_faults_itself(pipeline: Pipeline) -> None:
+    with Victim(OWN_FAULTS + SCRIPT) as one, Victim(SCRIPT) as other, Victim(SCRIPT) as third:
+        select(pipeline, one, other, third)
+        fd = one.ask("handle_faults(anon(4 * PAGE), 4 * PAGE)")
+        stops = {}
+        for closed in (False, True):
+            if closed:
+                one.ask(f"os.close({fd})")
+            for _ in pipeline.full_pass(asked=True):
+                pass
+            stops[closed] = {t.pid: t.stops.count for t in pipeline.targets}
+        assert stops[False][one.pid] == 0
+        assert stops[False][other.pid] > 0
+        assert stops[True][one.pid] > 0
