@@ -21,7 +21,7 @@ from ksmd.daemon.bequest import ExtentLabel
 from ksmd.daemon.state import Domain, Mapping, Target, Tell
 from ksmd.guard.client import Pager
 from ksmd.guard.held import KeptExtent
-from ksmd.kernel import procfs
+from ksmd.kernel import procfs, risks
 from ksmd.kernel.iouring import PinRing
 from ksmd.kernel.memfd import ExtentMap
 from ksmd.kernel.memory import Memory
@@ -311,6 +311,8 @@ class Targets:
         target.vmas = len(vmas)
         target.mappings = [Mapping(vma, extents[vma.inode]) for vma in vmas if ours(vma)]
         target.handles_faults = any(vma.flags & _FAULT_FLAGS and not ours(vma) for vma in vmas)
+        answers_faults = target.handles_faults or risks.may_answer_faults(target.pid)
+        target.memory.may_pin = not answers_faults
         target.areas, target.refused_ranges = areas(
             vmas, target.selected.regions, also=target.selected.also, merged_by_us=ours
         )

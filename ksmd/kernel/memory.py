@@ -6,8 +6,13 @@ but it pins the pages, and a pin of a page that fork or KSM shares gives the pro
 own: reading a forked family that way makes it grow. So it has the longer name here, and may be used
 only where pagemap says that every page is exclusive (bit 56).
 
-Both readers map the zero page where a page is absent, so ask pagemap first. Read pieces of 1 to
-4 MiB: smaller ones pay for the call, larger ones fall out of the cache.
+Both readers map the zero page where a page is absent, so ask pagemap first. That answer may be old
+by the time of the read, though, and a program that answers page faults itself (userfaultfd) tells
+the two apart: /proc/PID/mem gives up where such a page is absent, but process_vm_readv asks the
+program for the page, which it would not have had to give, and waits for it, perhaps for ever. So it
+is left out until ``may_pin`` says that the program has no userfaultfd.
+
+Read pieces of 1 to 4 MiB: smaller ones pay for the call, larger ones fall out of the cache.
 
 The file is opened through a live task and stays tied to the memory it was opened on: after execve
 or exit every access raises TargetGoneError. Open it first and check the target's start time then:
@@ -46,6 +51,8 @@ class Memory:
     def __init__(self, pid: int, *, writable: bool = False) -> None:
         self.pid = pid
         self.tid = procfs.live_tid(pid)
+        #: Whether process_vm_readv may be used at all; its owner says so (risks.may_answer_faults).
+        self.may_pin = False
         # a thread's id may be given away while its process lives on, the process's own may not
         self._vm_readv = self.tid == pid
         flags = os.O_RDWR if writable else os.O_RDONLY
@@ -98,7 +105,7 @@ class Memory:
         """Do as :meth:`read_into`, by process_vm_readv: only where every page is exclusive.
 
         On a page that is shared by fork or KSM this call takes the sharing away. Whatever
-        process_vm_readv does not deliver is read from /proc/PID/mem.
+        process_vm_readv does not deliver, or may not touch, is read from /proc/PID/mem.
         """
         done = self._vm_read(address, view)
         if done:
@@ -116,7 +123,7 @@ class Memory:
         self, local: ctypes.Array[ctypes.c_uint64], remote: int, count: int
     ) -> int:
         """Read *count* pieces, (address, length) at *remote*, into one: bytes read, perhaps 0."""
-        if not self._vm_readv:
+        if not (self._vm_readv and self.may_pin):
             return 0
         try:
             return libc.syscall(

@@ -15,6 +15,7 @@ import contextlib
 import errno
 import os
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 
 from ksmd.kernel import libc, procfs
@@ -32,6 +33,8 @@ _DEVICES = {
     "/dev/vhost-": "lets a vhost worker of the kernel write to its memory",
     "/dev/udmabuf": "hands memory to devices through udmabuf",
 }
+
+_USERFAULTFDS = ("anon_inode:[userfaultfd]", "/dev/userfaultfd")
 
 #: Mappings of an AF_XDP socket's fill and completion rings start here (linux/if_xdp.h).
 _XDP_RINGS = 0x100000000
@@ -64,17 +67,32 @@ def _ring_risk(pid: int, fd: str) -> str | None:
     return f"may have buffers registered with io_uring (fd {fd})"
 
 
+def _open_files(pid: int) -> Iterator[tuple[str, str]]:
+    """Give the number and the link of each open file; OSError where the list cannot be read."""
+    for fd in os.listdir(f"/proc/{pid}/fd"):  # noqa: PTH208 - names only, thousands of them
+        with contextlib.suppress(OSError):
+            yield fd, os.readlink(f"/proc/{pid}/fd/{fd}")  # noqa: PTH115 - twice as fast
+
+
+def may_answer_faults(pid: int) -> bool:
+    """Tell whether *pid* holds a userfaultfd, or what makes one; True where that is not known.
+
+    It does not see one that another process holds for *pid*: smaps does, by the flags of what is
+    registered with it.
+    """
+    try:
+        return any(link in _USERFAULTFDS for _, link in _open_files(pid))
+    except OSError:
+        return True
+
+
 def _fd_risks(pid: int) -> list[str]:
     risks: dict[str, None] = {}
     try:
-        fds = os.listdir(f"/proc/{pid}/fd")  # noqa: PTH208 - names only, thousands of them
+        files = list(_open_files(pid))
     except OSError:
         return []
-    for fd in fds:
-        try:
-            link = os.readlink(f"/proc/{pid}/fd/{fd}")  # noqa: PTH115 - twice as fast
-        except OSError:
-            continue
+    for fd, link in files:
         if link == "anon_inode:[io_uring]":
             if risk := _ring_risk(pid, fd):
                 risks[risk] = None

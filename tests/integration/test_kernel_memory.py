@@ -9,13 +9,22 @@ import numpy as np
 import pytest
 from kernel_victims import Victim
 
-from ksmd.kernel import libc, procfs
-from ksmd.kernel.memory import Memory
+from ksmd.kernel import libc, procfs, risks
+from ksmd.kernel import memory as readers
 from ksmd.kernel.pagemap import PageMap, exclusive, is_present
 from ksmd.model.errors import KsmdError, TargetGoneError
 from ksmd.model.units import PAGE_SHIFT, PAGE_SIZE
 
 pytestmark = pytest.mark.root
+
+
+class Memory(readers.Memory):
+    """One that may use both readers, as for a program without a userfaultfd."""
+
+    def __init__(self, pid: int, *, writable: bool = False) -> None:
+        super().__init__(pid, writable=writable)
+        self.may_pin = True
+
 
 NPAGES = 512
 FILLED = f"at = anon({NPAGES + 1} * PAGE); fill(at, {NPAGES}); reply(at)\n"
@@ -45,6 +54,37 @@ def test_a_read_stops_at_a_hole(reader: str) -> None:
         assert getattr(memory, reader)(victim.ready, view) == 5 * PAGE_SIZE
         assert bytes(view[: 5 * PAGE_SIZE]) == _expected(5)
         assert getattr(memory, reader)(victim.ready + 5 * PAGE_SIZE, view) == 0
+
+
+OWN_FAULTS = """
+fd = libc.syscall(323, 0o2004000)
+one = (ctypes.c_uint64 * 3)(0xAA, 0, 0)
+assert libc.ioctl(fd, ctypes.c_ulong(0xC018AA3F), one) == 0, ctypes.get_errno()
+at = anon(8 * PAGE)
+other = (ctypes.c_uint64 * 4)(at, 8 * PAGE, 1, 0)
+assert libc.ioctl(fd, ctypes.c_ulong(0xC020AA00), other) == 0, ctypes.get_errno()
+reply(at)
+"""
+
+
+def test_a_program_that_answers_faults_is_not_asked_for_an_absent_page() -> None:
+    """What is absent there now was there when pagemap was read: an unlucky moment."""
+    with Victim(OWN_FAULTS) as victim, readers.Memory(victim.pid) as memory:
+        assert risks.may_answer_faults(victim.pid)
+        view = memoryview(bytearray(4 * PAGE_SIZE))
+        assert memory.read_into(victim.ready, view) == 0
+        assert memory.read_exclusive_into(victim.ready, view) == 0
+        pieces = [(victim.ready, PAGE_SIZE), (victim.ready + 2 * PAGE_SIZE, PAGE_SIZE)]
+        assert memory.gather_exclusive(pieces, view) == [(0, 4096), (4096, 8192)]
+        event = "__import__('select').select([fd], [], [], 0)[0]"
+        assert victim.ask(event) == []
+
+
+def test_only_a_userfaultfd_or_its_device_makes_a_program_one_that_answers_faults() -> None:
+    with Victim() as victim:
+        assert not risks.may_answer_faults(victim.pid)
+        victim.ask("os.open('/dev/userfaultfd', os.O_RDWR)")
+        assert risks.may_answer_faults(victim.pid)
 
 
 def test_a_target_that_refuses_process_vm_readv_is_read_all_the_same(

@@ -95,3 +95,16 @@ def test_a_program_is_not_stopped_while_it_handles_page_faults_itself(pipeline: 
         assert stops[False][one.pid] == 0
         assert stops[False][other.pid] > 0
         assert stops[True][one.pid] > 0
+
+
+def test_memory_of_a_program_with_a_userfaultfd_is_read_without_pins(pipeline: Pipeline) -> None:
+    """A pin would ask the program for a page that it has dropped since the scan, and wait."""
+    with Victim(SCRIPT) as plain, Victim(SCRIPT) as handler:
+        handler.ask("libc.syscall(323, 0o2004000)")
+        select(pipeline, plain, handler)
+        pins = {target.pid: target.memory.may_pin for target in pipeline.targets}
+        assert pins == {plain.pid: True, handler.pid: False}
+        plain.ask("libc.syscall(323, 0o2004000)")
+        for target in pipeline.targets:
+            pipeline.targets.read_areas(target)
+            assert not target.memory.may_pin
