@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from ksmd.core.price import WindowPrice
 from ksmd.model.tables import RECORD
 from ksmd.model.units import HUGE_PAGE_SIZE, PAGE_SHIFT
 from ksmd.model.vma import Area
@@ -43,16 +44,23 @@ def zero_records(zeros: NDArray[np.void], areas: Sequence[Area], max_pages: int)
     return _short(_inside(_whole(Op.ZERO, zeros), areas), max_pages)
 
 
-def windows_of(records: Records, max_runs: int, max_pages: int) -> Iterator[Records]:
-    """Cut records, none longer than *max_pages*, into windows; the order stays."""
+def windows_of(
+    records: Records, max_runs: int, max_pages: int, price: WindowPrice, stop_ms: float
+) -> Iterator[Records]:
+    """Cut records, none longer than *max_pages*, into windows; the order stays.
+
+    None is to take longer than *stop_ms*. The price may change from one window to the next.
+    """
     limit = max_pages << PAGE_SHIFT
     ends = np.cumsum(records["length"], dtype=np.int64)
-    at, before = 0, 0
+    costs = np.cumsum(price.of(records))
+    at, before, spent = 0, 0, 0.0
     while at < len(records):
         end = int(np.searchsorted(ends, before + limit, side="right"))
-        end = min(max(end, at + 1), at + max_runs)
+        in_time = int(np.searchsorted(costs, spent + price.room(stop_ms), side="right"))
+        end = min(max(min(end, in_time), at + 1), at + max_runs)
         yield records[at:end]
-        at, before = end, int(ends[end - 1])
+        at, before, spent = end, int(ends[end - 1]), float(costs[end - 1])
 
 
 def spans(records: Records) -> list[tuple[int, int]]:

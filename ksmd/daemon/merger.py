@@ -10,7 +10,7 @@ import contextlib
 import logging
 import os
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -23,7 +23,6 @@ from ksmd.core.scope import Scope, within
 from ksmd.core.spans import Spans
 from ksmd.core.windows import (
     Records,
-    columns,
     cut_huge_blocks,
     merge_records,
     pages_of,
@@ -43,7 +42,7 @@ from ksmd.model.plan import ExtentPlan, Plan
 from ksmd.model.refusal import Reason
 from ksmd.model.units import HUGE_PAGE_PAGES, HUGE_PAGE_SIZE, PAGE_SHIFT
 from ksmd.model.vma import Area
-from ksmd.model.window import Op, Record, WindowRequest, WindowResult
+from ksmd.model.window import Op, WindowRequest, WindowResult
 from ksmd.remap.engine import Engine, RefusedTargetError
 from ksmd.remap.store import Extent
 from ksmd.settings import Settings
@@ -51,8 +50,6 @@ from ksmd.settings import Settings
 log = logging.getLogger(__name__)
 
 
-#: VmFlags of merged memory, given since, that a mapping made anew would lose: locked, and the like.
-_NEVER_AGAIN = frozenset({"lo", "lf", "dc", "dd"})
 #: Refusals that have to do with the moment of the stop, and how often an asked window tries again.
 _MOMENTARY = frozenset({Reason.UNSTOPPABLE, Reason.NO_THREAD, Reason.STALE_STUB})
 _RETRIES = 3
@@ -111,7 +108,7 @@ class Merger:
         checksums, pages = domain.store.pages()
         zero = domain.checksummer.zero
         members = domain.tables.duplicates(checksums, zero)
-        ready = {target.slot for target in self._of(domain) if self._may_stop(target, asked)}
+        ready = {target.slot for target in self._of(domain) if self.may_stop(target, asked)}
         members = focus(members, ready, 0 if asked else self._settings.window.max_pages)
         if scope is not None:
             members = within(members, scope, checksums, zero)
@@ -130,7 +127,8 @@ class Merger:
     def _deadline_ms(self, target: Target) -> float:
         return target.deadline_ms(self._settings.window.deadline_ms)
 
-    def _may_stop(self, target: Target, asked: Asked) -> bool:
+    def may_stop(self, target: Target, asked: Asked) -> bool:
+        """Whether a stop window of *target* may be opened now."""
         interval = self._settings.window.interval_secs
         return target.may_stop(time.monotonic(), interval, _is_asked(target, asked))
 
@@ -230,7 +228,7 @@ class Merger:
         users = []
         for target in self._of(domain):
             mine = runs[runs["target"] == target.slot]
-            if not len(mine) or not self._may_stop(target, asked):
+            if not len(mine) or not self.may_stop(target, asked):
                 continue
             areas = target.areas
             records = merge_records(mine, areas, self._settings.window.max_pages)
@@ -253,8 +251,11 @@ class Merger:
         result: MergeResult,
     ) -> Iterator[MergeResult]:
         window = self._settings.window
-        for batch in windows_of(records, window.max_runs, window.max_pages):
-            if target.slot not in self._targets.by_slot or not self._may_stop(target, asked):
+        if not len(records):
+            return
+        price = target.prices[Op(int(records["op"][0]))]
+        for batch in windows_of(records, window.max_runs, window.max_pages, price, window.stop_ms):
+            if target.slot not in self._targets.by_slot or not self.may_stop(target, asked):
                 return
             if target.areas is not areas:
                 return  # read anew meanwhile: a range may have been taken back by its program
@@ -312,7 +313,7 @@ class Merger:
             done = self.open(target, records, extent)
         result.windows += 1
         result.postponed += done.refused in _MOMENTARY
-        self._account(domain, target, done, result)
+        self.account(domain, target, done, result)
 
     def _ready(self, target: Target, asked: Asked) -> bool:
         """Make the target's contexts where it has none yet."""
@@ -365,11 +366,13 @@ class Merger:
         else:
             target.accepted()
             target.stops.add(done.total_us / 1000)
+            target.prices[Op(int(records["op"][0]))].learn(records, done.total_us)
         return done
 
-    def _account(
+    def account(
         self, domain: Domain, target: Target, done: WindowResult, result: MergeResult
     ) -> None:
+        """Enter what a window has done into *result*, the tables and the target."""
         if done.refused is not None and done.refused in PASSING:
             return
         if done.done is None:
@@ -391,51 +394,7 @@ class Merger:
             domain.tables.forget_pages(target.slot, pages)
             self._targets.tell("merged", target, len(pages))
 
-    # -- pages that were written and are equal again -----------------------------------------
-
-    def remerge_pass(self, asked: bool, result: MergeResult) -> Iterator[MergeResult]:
-        """Give CoW-broken pages that hold the store's content again back to the store."""
-        for target in self._targets:
-            if not target.broken or target.contexts is None or not self._may_stop(target, asked):
-                continue
-            domain = self._targets.domain(target)
-            try:
-                found = self._equal_again(domain, target)
-            except TargetGoneError:
-                self._targets.drop(target)
-                continue
-            for extent_number, records in found.items():
-                extent = domain.store.extents.get(extent_number)
-                if extent is None or target.contexts is None:
-                    break  # given back meanwhile
-                window = records[: self._settings.window.max_runs]
-                done = self.open(target, columns(window), extent)
-                result.windows += 1
-                self._account(domain, target, done, result)
-                yield result
-                if target.slot not in self._targets.by_slot or not self._may_stop(target, asked):
-                    break
-
-    def _equal_again(self, domain: Domain, target: Target) -> dict[int, list[Record]]:
-        found: dict[int, list[Record]] = defaultdict(list)
-        self._targets.read_mappings(target, flags=True)
-        for mapping in target.mappings:
-            vma, extent = mapping.vma, mapping.extent
-            if extent.number not in domain.store.extents or vma.flags & _NEVER_AGAIN:
-                continue
-            if not vma.perms.startswith("rw-"):
-                continue
-            _, broken = target.pagemap.still_shared(vma.start, vma.end)
-            for page in broken[target.pagemap.exclusive_of(broken)].tolist():
-                offset = vma.offset + (page << PAGE_SHIFT) - vma.start
-                index = extent.index(offset)
-                view = domain.checksummer.buffer[: 1 << PAGE_SHIFT]
-                target.memory.read_exclusive_into(page << PAGE_SHIFT, view)
-                if 0 <= index < extent.npages and extent.view(index, 1) == view:
-                    found[extent.number].append(
-                        Record(Op.REMERGE, page << PAGE_SHIFT, 1 << PAGE_SHIFT, offset)
-                    )
-        return found
+    # -- leaving ------------------------------------------------------------------------------
 
     def settle_left_over(self) -> None:
         """Settle the windows whose tracer died, in targets where no stub is at work any more."""
@@ -450,8 +409,6 @@ class Merger:
                     self._targets.drop(target)
             else:
                 self._pager.settle_all(slot)
-
-    # -- leaving ------------------------------------------------------------------------------
 
     def forget_contexts(self, target: Target) -> None:
         """Close the contexts of a target in which nothing is merged any more."""

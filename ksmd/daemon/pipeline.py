@@ -14,6 +14,7 @@ from ksmd.core.ledger import Ledger
 from ksmd.daemon.accounting import Accounting
 from ksmd.daemon.exclusive import Exclusive
 from ksmd.daemon.merger import Merger, MergeResult
+from ksmd.daemon.remerger import Remerger
 from ksmd.daemon.scanner import Scanner, ScanResult
 from ksmd.daemon.targets import Targets
 from ksmd.daemon.unmerger import Unmerger
@@ -57,6 +58,7 @@ class Pipeline:
         self.targets = targets
         self.scanner = Scanner(targets)
         self.merger = Merger(targets, engine, pager)
+        self.remerger = Remerger(targets, self.merger)
         self.ledger = Ledger()
         self.accounting = Accounting(targets, pager, self.ledger)
         self.unmerger = Unmerger(targets, self.merger, self.accounting, engine, pager)
@@ -100,7 +102,7 @@ class Pipeline:
         self.merger.settle_left_over()
         yield from self._recount()
         before = merge.windows
-        for step in self.merging.holding(self.merger.remerge_pass(asked, merge)):
+        for step in self.merging.holding(self.remerger.remerge_pass(asked, merge)):
             yield step if isinstance(step, float) else 0.0
         if merge.windows != before:
             yield from self._recount()

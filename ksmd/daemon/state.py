@@ -13,6 +13,7 @@ from ksmd.core.checksum import Checksummer, sums_of
 from ksmd.core.digest import HeadDigest, Sha1Cache
 from ksmd.core.eligibility import RefusedRange
 from ksmd.core.ledger import StopTimes
+from ksmd.core.price import WindowPrice, all_prices
 from ksmd.core.selection import Selected
 from ksmd.core.tables import PageTables
 from ksmd.kernel.iouring import PinRing
@@ -21,6 +22,7 @@ from ksmd.kernel.pagemap import PageMap
 from ksmd.model.process import TargetId
 from ksmd.model.refusal import Reason
 from ksmd.model.vma import Area, Vma
+from ksmd.model.window import Op
 from ksmd.remap.engine import TargetContexts
 from ksmd.remap.store import Extent, Keeper, Store
 from ksmd.settings.models import TableSizes
@@ -80,6 +82,7 @@ class Target:
     retry_at: float = 0.0
     last_window: float = 0.0
     stops: StopTimes = field(default_factory=StopTimes)
+    prices: dict[Op, WindowPrice] = field(default_factory=all_prices)
     zeros: NDArray[np.uint64] = field(default_factory=lambda: np.empty(0, np.uint64))
     emptied: list[NDArray[np.uint64]] = field(default_factory=list)
     zero_pages: int = 0

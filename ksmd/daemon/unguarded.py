@@ -26,12 +26,13 @@ from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from ksmd.core.price import WindowPrice
 from ksmd.core.selection import Selected
-from ksmd.core.windows import columns
+from ksmd.core.windows import columns, windows_of
 from ksmd.daemon.prepare import refuse_early
 from ksmd.daemon.state import PASSING, Target
 from ksmd.daemon.targets import STORE_PATH, Targets
-from ksmd.daemon.unmerger import batches
+from ksmd.daemon.unmerger import UNMERGE_BYTES
 from ksmd.kernel import memfd, procfs, risks
 from ksmd.kernel.memory import Memory
 from ksmd.kernel.pagemap import PageMap
@@ -138,7 +139,8 @@ class Rescue:
     def _windows(self, one: Unguarded) -> Iterator[float]:
         window = self._targets.settings.window
         self._refuse_early(one.process)
-        limit = window.max_pages << PAGE_SHIFT
+        limit = min(UNMERGE_BYTES, window.max_pages << PAGE_SHIFT)
+        price = WindowPrice(Op.UNMERGE)
         for inode in {vma.inode for vma in one.vmas}:
             records = [
                 Record(Op.UNMERGE, at, min(limit, vma.end - at), vma.offset + at - vma.start)
@@ -146,13 +148,16 @@ class Rescue:
                 if vma.inode == inode
                 for at in range(vma.start, vma.end, limit)
             ]
-            for batch in batches(records, window.max_runs, limit):
-                request = WindowRequest(one.process, columns(batch), inode, window.deadline_ms)
+            for batch in windows_of(
+                columns(records), window.max_runs, window.max_pages, price, window.stop_ms
+            ):
+                request = WindowRequest(one.process, batch, inode, window.deadline_ms)
                 done = self._engine.window(request, None)
                 if done.refused is Reason.GONE:
                     raise TargetGoneError(f"process {one.process.pid} is gone")
                 if done.refused is not None:
                     raise RefusedTargetError(done.refused, done.detail)
+                price.learn(batch, done.total_us)
                 yield 0.0
 
     def _refuse_early(self, process: TargetId) -> None:

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from ksmd.core.windows import columns
+from ksmd.core.windows import columns, windows_of
 from ksmd.daemon.accounting import Accounting
 from ksmd.daemon.journal import fields
 from ksmd.daemon.merger import Merger
@@ -31,6 +31,9 @@ from ksmd.remap.engine import Engine
 from ksmd.remap.store import MEMORY_RESERVE, Extent
 
 log = logging.getLogger(__name__)
+
+#: The longest range that is given back as one: some 2 ms.
+UNMERGE_BYTES = 1 << 21
 
 _TRIES = 20
 _PAUSE_SECS = 0.1
@@ -145,9 +148,8 @@ class Unmerger:
         if target.contexts is None:
             return
         self._targets.read_mappings(target, flags=True)
-        # giving a page back copies it, which takes about twice as long as merging it
-        limit = max(1, self._targets.settings.window.max_pages // 2) << PAGE_SHIFT
-        runs = self._targets.settings.window.max_runs
+        window = self._targets.settings.window
+        limit = min(UNMERGE_BYTES, window.max_pages << PAGE_SHIFT)
         by_extent: dict[int, tuple[Extent, list[Record]]] = defaultdict()
         for mapping in target.mappings:
             extent, vma = mapping.extent, mapping.vma
@@ -157,11 +159,14 @@ class Unmerger:
                 for start in range(low, high, limit):
                     length, offset = min(limit, high - start), vma.offset + start - vma.start
                     records.append(Record(Op.UNMERGE, start, length, offset, _advice(vma)))
+        price = target.prices[Op.UNMERGE]
         for extent, records in by_extent.values():
-            for batch in batches(records, runs, limit):
+            for batch in windows_of(
+                columns(records), window.max_runs, window.max_pages, price, window.stop_ms
+            ):
                 if target.contexts is None:
                     return  # given back by somebody else, between two windows
-                done = self._merger.open(target, columns(batch), extent)
+                done = self._merger.open(target, batch, extent)
                 if done.refused is not None or done.done is None:
                     return
                 pages = int(done.records["length"][done.done].sum()) >> PAGE_SHIFT
@@ -195,17 +200,3 @@ def _check_memory(needed: int) -> None:
 def _merged_bytes(target: Target, spans: Intervals) -> int:
     found = [spans.within(m.vma.start, m.vma.end) for m in target.mappings]
     return sum(high - low for ranges in found for low, high in ranges)
-
-
-def batches(records: Sequence[Record], max_runs: int, max_bytes: int) -> Iterator[list[Record]]:
-    """Cut records into windows."""
-    batch: list[Record] = []
-    total = 0
-    for record in records:
-        if batch and (len(batch) == max_runs or total + record.length > max_bytes):
-            yield batch
-            batch, total = [], 0
-        batch.append(record)
-        total += record.length
-    if batch:
-        yield batch

@@ -126,9 +126,14 @@ class Window(_Model):
         "where one does not, the target is let go and tried again later, with twice the time "
         "(up to sixteen times).",
     )
+    stop_ms: Annotated[int, Field(ge=1, le=1000)] = Field(
+        default=5,
+        description="Milliseconds that a stop window is to take, all in all. It is given so much "
+        "work as the windows before it would have done in 60 % of that; one run at least.",
+    )
     max_pages: Annotated[int, Field(ge=1, le=1 << 20)] = Field(
         default=2048,
-        description="The most pages that one stop window merges: 2048 take about 5 ms.",
+        description="The most pages that one stop window merges.",
     )
     max_runs: Annotated[int, Field(ge=1, le=500)] = Field(
         default=300,

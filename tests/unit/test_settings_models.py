@@ -28,7 +28,13 @@ def test_the_defaults_are_those_of_the_contract():
             "cpu_percent": 0,
         },
         "tables": {"page_hash_size": 0, "rmap_hash_size": 0, "sha1_hash_size": 0},
-        "window": {"deadline_ms": 10, "max_pages": 2048, "max_runs": 300, "interval_secs": 10},
+        "window": {
+            "deadline_ms": 10,
+            "stop_ms": 5,
+            "max_pages": 2048,
+            "max_runs": 300,
+            "interval_secs": 10,
+        },
         "limits": {"vma_percent": 50, "regions_per_user": 1024},
         "targets": [],
     }
@@ -68,6 +74,7 @@ def test_a_given_table_size_is_kept_however_small():
         ("scan", "sleep_millisecs", 0, 3_600_000),
         ("tables", "page_hash_size", 0, 2**32 - 1),
         ("window", "deadline_ms", 1, 1000),
+        ("window", "stop_ms", 1, 1000),
         ("window", "max_pages", 1, 2**20),
         ("window", "max_runs", 1, 500),
         ("window", "interval_secs", 0, 86400),

@@ -6,6 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ksmd.core.price import WindowPrice
 from ksmd.core.windows import merge_records, pages_of, spans, windows_of, zero_records
 from ksmd.model.tables import RUN, SPAN
 from ksmd.model.vma import Area, Vma
@@ -43,7 +44,7 @@ def test_every_page_of_a_run_that_lies_in_an_area_comes_once_at_its_place_and_no
         )
     records = merge_records(table, where[::-1] if backwards else where, 8)
     places: dict[int, int] = {}
-    for batch in windows_of(records, 4, 8):
+    for batch in windows_of(records, 4, 8, WindowPrice(Op.MERGE), 1000):
         assert 0 < len(batch) <= 4
         assert batch["length"].sum() <= 8 * PAGE
         for op, start, length, offset, advice in batch.tolist():
@@ -70,7 +71,9 @@ def test_zero_runs_are_cut_at_the_same_borders_and_need_no_extent(
         row["page"], row["npages"] = first, end - first
     where = [area(*pair) for pair in ranges(areas)]
     found: list[int] = []
-    for batch in windows_of(zero_records(table, where, 4096), 400, 4096):
+    for batch in windows_of(
+        zero_records(table, where, 4096), 400, 4096, WindowPrice(Op.ZERO), 1000
+    ):
         for op, start, length, offset, _ in batch.tolist():
             assert (op, offset) == (Op.ZERO, 0)
             found += range(start // PAGE, (start + length) // PAGE)

@@ -1,0 +1,80 @@
+"""Windows are given what they can do in time, and that follows from what the last ones took."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ksmd.core.price import WindowPrice, all_prices
+from ksmd.core.windows import windows_of
+from ksmd.model.tables import RECORD
+from ksmd.model.units import PAGE_SIZE
+from ksmd.model.window import Op
+
+STOP_MS = 5.0
+
+
+def singles(count: int, op: Op = Op.MERGE) -> np.ndarray:
+    records = np.zeros(count, RECORD)
+    records["op"], records["length"] = op, PAGE_SIZE
+    records["start"] = np.arange(count) * 2 * PAGE_SIZE
+    return records
+
+
+def windows(
+    price: WindowPrice, count: int, us_per_record: float, empty: float = 400
+) -> list[float]:
+    """Microseconds of each window of a target in which a record takes that long."""
+    took = []
+    for batch in windows_of(singles(count), 10**6, 10**6, price, STOP_MS):
+        took.append(empty + us_per_record * len(batch))
+        price.learn(batch, took[-1])
+    return took
+
+
+@pytest.mark.parametrize("us_per_record", [3, 14, 50, 150])
+def test_windows_settle_below_what_they_may_take_and_use_it(us_per_record: float) -> None:
+    took = windows(WindowPrice(Op.MERGE), 60_000, us_per_record)
+    settled = took[10:-1]
+    assert max(settled) <= STOP_MS * 1000
+    assert np.median(settled) >= STOP_MS * 1000 * 0.4
+
+
+def test_a_target_that_grew_slow_is_stopped_too_long_a_few_times_only() -> None:
+    price = WindowPrice(Op.MERGE)
+    windows(price, 20_000, 14)
+    took = windows(price, 20_000, 70)
+    assert sum(us > STOP_MS * 1000 for us in took) <= 4
+
+
+def test_one_slow_window_is_forgotten() -> None:
+    price = WindowPrice(Op.MERGE)
+    windows(price, 20_000, 14)
+    before = price.room(STOP_MS)
+    price.learn(singles(200), 80_000)
+    assert price.room(STOP_MS) < before / 2
+    windows(price, 20_000, 14)
+    assert price.room(STOP_MS) > before * 0.8
+
+
+def test_a_window_that_did_next_to_nothing_teaches_nothing() -> None:
+    price = WindowPrice(Op.MERGE)
+    before = price.room(STOP_MS)
+    price.learn(singles(2), 20_000)
+    assert price.room(STOP_MS) == before
+
+
+@given(st.floats(0, 1e9), st.floats(0.1, 1000))
+def test_whatever_was_seen_every_record_comes_once(micros: float, stop_ms: float) -> None:
+    price = WindowPrice(Op.UNMERGE)
+    price.learn(singles(1000, Op.UNMERGE), micros)
+    records = singles(50, Op.UNMERGE)
+    batches = list(windows_of(records, 500, 2048, price, stop_ms))
+    assert np.array_equal(np.concatenate(batches), records)
+    assert all(len(batch) for batch in batches)
+
+
+def test_every_operation_has_its_price() -> None:
+    assert set(all_prices()) == set(Op)
