@@ -35,6 +35,7 @@ def test_a_child_forked_before_a_window_begins_has_zeros_where_its_parent_droppe
         (child,) = victim.ask("family(1)")
         buffer = bytearray(NPAGES * PAGE_SIZE)
         with Memory(child) as memory:
+            memory.may_pin = True  # its faults go to the pager, as the child's own do
             assert not memory.gather_exclusive([(address, len(buffer))], memoryview(buffer))
         lab.pager.settle_all(subject.slot)
         for page in range(NPAGES):
