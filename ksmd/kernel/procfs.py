@@ -19,7 +19,8 @@ import functools
 import os
 import pwd
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 from ksmd.model.errors import KsmdError, PrivilegeError, TargetGoneError
@@ -412,12 +413,31 @@ def task_path(pid: int, name: str, tid: int | None = None) -> str:
 
 def maps(pid: int, tid: int | None = None) -> list[Vma]:
     """Read the mappings of *pid*, without flags, ascending. Empty for a kernel thread."""
-    return parse_maps(read_file(task_path(pid, "maps", tid), f"process {pid}"))
+    return disjoint(parse_maps(read_file(task_path(pid, "maps", tid), f"process {pid}")))
 
 
 def smaps(pid: int, tid: int | None = None) -> list[Vma]:
     """Read the mappings with their flags. The kernel walks all page tables for it: some ms/GiB."""
-    return parse_smaps(read_file(task_path(pid, "smaps", tid), f"process {pid}"))
+    return disjoint(parse_smaps(read_file(task_path(pid, "smaps", tid), f"process {pid}")))
+
+
+def disjoint(vmas: list[Vma]) -> list[Vma]:
+    """Cut what was said before off mappings that begin before the end of the one above them.
+
+    The kernel writes the file in pieces and lets the process run in between: a mapping that has
+    grown down, or together with its neighbour, comes a second time, as a whole.
+    """
+    if all(below.end <= above.start for below, above in pairwise(vmas)):
+        return vmas
+    found: list[Vma] = []
+    end = 0
+    for vma in vmas:
+        if vma.end > end:
+            ahead = max(0, end - vma.start)
+            offset = vma.offset + ahead if vma.inode else vma.offset
+            found.append(replace(vma, start=vma.start + ahead, offset=offset))
+            end = vma.end
+    return found
 
 
 def boot_id() -> str:

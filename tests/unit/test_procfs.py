@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from itertools import pairwise
 
 import pytest
 
@@ -189,6 +192,46 @@ def test_maps_and_smaps_of_ourselves_agree() -> None:
     flagged = {(vma.start, vma.perms, vma.path) for vma in procfs.smaps(os.getpid()) if vma.flags}
     assert plain
     assert plain <= flagged
+
+
+def test_a_mapping_that_grew_while_it_was_told_is_told_once() -> None:
+    text = (
+        "1000-3000 rw-p 00000000 00:00 0\n"
+        "1000-5000 rw-p 00000000 00:00 0\n"  # grown together with its neighbour meanwhile
+        "2000-4000 rw-p 00000000 00:00 0\n"
+        "4000-8000 rw-p 00001000 00:01 7 /f\n"
+        "8000-9000 r--p 00000000 00:00 0\n"
+    )
+    found = [(vma.start, vma.end, vma.offset) for vma in procfs.disjoint(procfs.parse_maps(text))]
+    assert found == [
+        (0x1000, 0x3000, 0), (0x3000, 0x5000, 0), (0x5000, 0x8000, 0x2000), (0x8000, 0x9000, 0),
+    ]  # fmt: skip
+
+
+def test_mappings_that_change_all_the_time_are_disjoint_whenever_they_are_read() -> None:
+    """A hundred mappings beside each other become one and many again, while they are read."""
+    script = (
+        "import mmap, ctypes\n"
+        "libc = ctypes.CDLL(None)\n"
+        "size = 400 * 4096\n"
+        "m = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)\n"
+        "at = ctypes.addressof(ctypes.c_char.from_buffer(m))\n"
+        "print('ready', flush=True)\n"
+        "while True:\n"
+        "    for page in range(0, 400, 2):\n"
+        "        libc.mprotect(ctypes.c_void_p(at + page * 4096), 4096, 1)\n"
+        "    for page in range(0, 400, 2):\n"
+        "        libc.mprotect(ctypes.c_void_p(at + page * 4096), 4096, 3)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout is not None and process.stdout.readline()
+            for _ in range(60):
+                for read in (procfs.maps, procfs.smaps):
+                    vmas = read(process.pid)
+                    assert all(a.end <= b.start for a, b in pairwise(vmas))
+        finally:
+            process.kill()
 
 
 def test_what_may_not_be_written_is_a_matter_of_privilege() -> None:
