@@ -177,7 +177,7 @@ FILES: dict[str, File] = {
     "max_page_sharing": _fixed(_INT_MAX, least=2, holds=_INT_MAX),
     "merge_across_nodes": _fixed(1, most=1, holds=_ULONG_MAX),
     "use_zero_pages": _fixed(1, most=1),
-    "smart_scan": _fixed(0, most=1),
+    "smart_scan": _fixed(1, most=1),
     "advisor_mode": File(lambda _caller: "[none] scan-time", _advisor),
     "advisor_max_cpu": _fixed(70, most=100),
     "advisor_min_pages_to_scan": _fixed(500),

@@ -30,12 +30,19 @@ Index = NDArray[np.intp]
 _GROWTH_FRACTION = 8
 _GROWTH_FLOOR = 64
 
+#: A block rests for 2 ** quiet seconds at most: some eight minutes in the end.
+_MOST_QUIET = 9
+_HUGE_SHIFT = 9 - BLOCK_SHIFT
+_SPREAD = np.uint64(0x9E3779B97F4A7C15)  # 2**64 / golden ratio: neighbours get unlike bits
+
 
 class Blocks:
     """At most ``limit`` blocks. A block that is free has no page: its checksums and bits are 0.
 
     ``checksums`` uint32 (blocks, 64); ``stable`` uint64 (blocks): pages whose word is in the page
-    hash table; ``seen`` uint64 (blocks): pages observed in the scan that is under way.
+    hash table; ``seen`` uint64 (blocks): pages observed in the scan that is under way; ``quiet``
+    uint8 (blocks): how often in a row nothing had changed in the block; ``due`` uint32 (blocks):
+    the second from which on it is to be looked at again, 0 for at once.
     """
 
     def __init__(self, limit: int) -> None:
@@ -43,6 +50,8 @@ class Blocks:
         self.checksums: U32 = np.zeros((1, BLOCK_PAGES), np.uint32)
         self.stable: U64 = np.zeros(1, np.uint64)
         self.seen: U64 = np.zeros(1, np.uint64)
+        self.quiet: U8 = np.zeros(1, np.uint8)
+        self.due: U32 = np.zeros(1, np.uint32)
         self._used = 0  # blocks from here on were never taken
         self._free: U32 = np.empty(0, np.uint32)
 
@@ -54,7 +63,10 @@ class Blocks:
     @property
     def nbytes(self) -> int:
         """Bytes of the columns."""
-        return self.checksums.nbytes + self.stable.nbytes + self.seen.nbytes + self._free.nbytes
+        bits = self.stable.nbytes + self.seen.nbytes
+        return (
+            self.checksums.nbytes + bits + self.quiet.nbytes + self.due.nbytes + self._free.nbytes
+        )
 
     def flat(self) -> U32:
         """Return the checksums by row; a view, see the head of this module."""
@@ -80,7 +92,28 @@ class Blocks:
 
     def give(self, blocks: U32) -> None:
         """Take back blocks that hold no page any more."""
+        self.wake(blocks)
         self._free = np.concatenate((self._free, blocks))
+
+    def wake(self, blocks: U32) -> None:
+        """Have blocks looked at by the next scan."""
+        self.quiet[blocks] = 0
+        self.due[blocks] = 0
+
+    def rest(self, blocks: U32, keys: U64, quiet: Bools, now: int) -> None:
+        """Let blocks in which nothing has changed rest, twice as long each time; wake the others.
+
+        *now* is in seconds. Blocks of one huge page rest equally long, other ones vary. A look at a
+        block that rests still proves nothing new.
+        """
+        self.wake(blocks[~quiet])
+        quiet = quiet & (self.due[blocks] <= now)
+        blocks = blocks[quiet]
+        self.quiet[blocks] = np.minimum(self.quiet[blocks] + 1, _MOST_QUIET)
+        spread = (keys[quiet] >> np.uint64(_HUGE_SHIFT)) * _SPREAD >> np.uint64(56)
+        longest = np.uint32(1) << self.quiet[blocks].astype(np.uint32)
+        shorter = (longest * spread.astype(np.uint32)) >> np.uint32(10)
+        self.due[blocks] = np.uint32(now) + longest - shorter
 
     def trim(self) -> None:
         """Give the memory behind the last block in use back."""
@@ -97,6 +130,8 @@ class Blocks:
         self.checksums.resize((n, BLOCK_PAGES), refcheck=False)
         self.stable.resize(n, refcheck=False)
         self.seen.resize(n, refcheck=False)
+        self.quiet.resize(n, refcheck=False)
+        self.due.resize(n, refcheck=False)
 
 
 class BlockMap:

@@ -1,8 +1,8 @@
 """The rmap and page hash tables of one trust domain: what each page was, and which may be equal.
 
-Promises. Memory is numpy columns only, never an object per page: 12.5 bytes per scanned page of
-dense memory at most (4 for the checksum, 8 for the word in the page hash table, the rest for block
-keys and bit maps), against 64 in the kernel. Neither table grows past the size it was given: what
+Promises. Memory is numpy columns only, never an object per page: 12.6 bytes per scanned page of
+dense memory at most (4 for the checksum, 8 for the word in the page hash table, the rest for what
+is kept of a block), against 64 in the kernel. Neither table grows past the size it was given: what
 does not fit is skipped and counted. Every operation is a fixed number of passes over what it was
 given, with no Python loop over pages.
 
@@ -43,6 +43,9 @@ from ksmd.model.tables import Seen
 # row whatever comes.
 _ROWS_PER_BLOCK = 8
 _BLOCKS_AT_LEAST = 64
+
+#: Resting blocks that lie next to each other, at least, to be passed over: fewer cost no less.
+_LEAST_REST = 8
 
 _ALL = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
 
@@ -102,6 +105,7 @@ class PageTables:
         seqnr: int,
         *,
         eager: bool = False,
+        now: int = 0,
     ) -> U8:
         """Take in what was read of [first_page, end_page) of a target in scan ``seqnr``.
 
@@ -112,17 +116,60 @@ class PageTables:
 
         ``eager``: new pages enter the page hash table at their first sight, for a caller whose
         merge sees every page a second time. Changed pages still have to be found unchanged.
+
+        ``now``, seconds: blocks in which nothing has changed rest from then on, see :meth:`awake`.
         """
         _check(first_page, end_page, pages, checksums)
-        table = self._maps.setdefault(slot, BlockMap())
-        if table.seqnr != seqnr:
-            self._blocks.seen[table.blocks] = 0
-            table.seqnr = seqnr
+        table = self._enter(slot, seqnr)
         cut = PageBits(pages)
         self._forget_absent(table, first_page, end_page, cut)
         if not pages.size:
             return np.empty(0, np.uint8)
-        return self._place(table, cut, np.maximum(checksums, np.uint32(1)), eager)
+        return self._place(table, cut, np.maximum(checksums, np.uint32(1)), eager, now)
+
+    def awake(
+        self, slot: int, first_page: int, end_page: int, seqnr: int, now: int
+    ) -> tuple[list[tuple[int, int]], int]:
+        """Give what of [first_page, end_page) scan ``seqnr`` has to look at, as page ranges.
+
+        The rest is left as it is: nothing had changed there when it was looked at before, twice,
+        four times and so on as long ago. Returns how many stable pages that spares, too.
+        """
+        table = self._enter(slot, seqnr)
+        keys = np.array([-(-first_page // BLOCK_PAGES), end_page // BLOCK_PAGES], np.uint64)
+        low, high = np.searchsorted(table.keys, keys)
+        blocks = table.blocks[low:high]
+        resting = np.flatnonzero(self._blocks.due[blocks] > now)
+        found = table.keys[low:high][resting]
+        cuts = np.flatnonzero(np.diff(found) != 1) + 1
+        first, end = np.append(0, cuts), np.append(cuts, found.size)
+        long = end - first >= _LEAST_REST
+        ranges, at, spared = [], first_page, 0
+        for start, stop in zip(first[long].tolist(), end[long].tolist(), strict=True):
+            at_rest = blocks[resting[start:stop]]
+            self._blocks.seen[at_rest] = _ALL
+            spared += int(np.bitwise_count(self._blocks.stable[at_rest]).sum())
+            begins = int(found[start]) << BLOCK_SHIFT
+            if at < begins:
+                ranges.append((at, begins))
+            at = (int(found[stop - 1]) + 1) << BLOCK_SHIFT
+        if at < end_page:
+            ranges.append((at, end_page))
+        return ranges, spared
+
+    def wake(self, slot: int, pages: U64) -> None:
+        """Have the next scan look at *pages* of a target, in any order: they have changed."""
+        table = self._maps.get(slot)
+        if table is not None:
+            at, there = table.find(np.unique(pages >> np.uint64(BLOCK_SHIFT)))
+            self._blocks.wake(table.blocks[at[there]])
+
+    def _enter(self, slot: int, seqnr: int) -> BlockMap:
+        table = self._maps.setdefault(slot, BlockMap())
+        if table.seqnr != seqnr:
+            self._blocks.seen[table.blocks] = 0
+            table.seqnr = seqnr
+        return table
 
     def finish(self, slot: int, seqnr: int) -> int:
         """End scan ``seqnr`` of a target: forget what it did not observe; return how many."""
@@ -211,6 +258,7 @@ class PageTables:
             self._rows -= rows.size
         self._blocks.stable[blocks] &= ~gone
         self._blocks.seen[blocks] &= ~gone
+        self._blocks.wake(blocks)
         empty = self._blocks.present(blocks) == 0
         self._blocks.give(blocks[empty])
         table.delete(positions[empty])
@@ -227,7 +275,7 @@ class PageTables:
             gone[rows] = True
         self._hash.remove_rows(gone)
 
-    def _place(self, table: BlockMap, cut: PageBits, checksums: U32, eager: bool) -> U8:
+    def _place(self, table: BlockMap, cut: PageBits, checksums: U32, eager: bool, now: int) -> U8:
         """Compare the pages with their rows and update both tables."""
         old, fits = self._admit(table, cut)
         known = old != 0
@@ -249,6 +297,7 @@ class PageTables:
         self._blocks.stable[held] &= ~cut.bits(leaves)[there]
         self._blocks.stable[held] |= cut.bits(joins)[there]
         self._blocks.seen[held] |= cut.bits(known | fits)[there]
+        self._blocks.rest(held, cut.keys[there], cut.bits(~same)[there] == 0, now)
         answer = np.full(known.size, Seen.TABLE_FULL, np.uint8)
         answer[fits] = Seen.NEW
         answer[changed] = Seen.VOLATILE

@@ -32,6 +32,7 @@ def confirmed(
     bad = np.concatenate(([0], np.cumsum(~extent.good)))
     sound = bad[end] == bad[first]
     refused[Reason.CHANGED] += int(counts[~sound].sum())
+    domain.tables.wake(target.slot, pages_of(records[~sound]))
     records, counts, first = records[sound], counts[sound], first[sound]
     own = _own(target, records)
     refused[Reason.FORK_SHARED] += int(counts[~own].sum())
@@ -53,6 +54,7 @@ def confirmed(
         same[number] = domain.digest.of_heads(heads[at:until]) == digest
         at = until
     refused[Reason.DIGEST] += int(counts[~same].sum())
+    domain.tables.wake(target.slot, pages_of(records[~same]))
     return records[same]
 
 

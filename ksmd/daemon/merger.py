@@ -379,6 +379,7 @@ class Merger:
             return
         for index, reason in done.reasons.items():
             result.refused[reason] += int(done.records["length"][index]) >> PAGE_SHIFT
+        domain.tables.wake(target.slot, pages_of(done.records[~done.done]))
         carried = done.records[done.done]
         if not len(carried):
             return

@@ -81,7 +81,7 @@ class Pipeline:
             yield pause
         self.ledger.full_scans += 1
         self.ledger.pages_scanned += scan.scanned
-        self.ledger.pages_skipped += sum(scan.refused.values())
+        self.ledger.pages_skipped += sum(scan.refused.values()) + scan.resting
         self.volatile = scan.volatile + scan.new
         merge = MergeResult()
         if self._settings.run == "merge":

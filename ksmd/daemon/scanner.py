@@ -6,6 +6,7 @@ on pages that pagemap calls exclusive, and only those are candidates at all.
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -37,6 +38,7 @@ class ScanResult:
     scanned: int = 0
     new: int = 0
     volatile: int = 0
+    resting: int = 0  # left out, because nothing had changed there for a while
     gone: int = 0  # targets: a process that called execve may be one again in the next pass
     refused: Counter[Reason] = field(default_factory=Counter)
 
@@ -48,6 +50,7 @@ class Scanner:
         self._targets = targets
         self.cursor = Cursor()
         self._seqnr = 0
+        self._began = time.monotonic()
 
     @property
     def seqnr(self) -> int:
@@ -67,8 +70,10 @@ class Scanner:
     ) -> Iterator[None]:
         """Scan everything once, adding to *result*; yields after every *pages_to_scan* pages.
 
-        *eager*: what is seen for the first time is a candidate at once. The merge that follows is
-        the second sight: it takes a page only if it equals a store page of the same checksum.
+        *eager*: nothing rests, and what is seen for the first time is a candidate at once. The
+        merge that follows is the second sight: it takes a page only if it equals a store page of
+        the same checksum. Else blocks in which nothing has changed since they were looked at last
+        rest: for seconds at first, for minutes in the end.
         """
         self._seqnr += 1  # not the cursor's: a scan that was given up has used a number too
         seqnr = self._seqnr
@@ -77,7 +82,7 @@ class Scanner:
         pieces = iter(lambda: self.cursor.next_piece(_PIECE_BYTES), None)
         for slot, group in groupby(pieces, lambda piece: piece.slot):
             areas = Spans((piece.start >> PAGE_SHIFT, piece.end >> PAGE_SHIFT) for piece in group)
-            for at, end in areas.groups():
+            for at, end in self._ranges(slot, areas, seqnr, result, eager):
                 while at < end:
                     target = self._targets.by_slot.get(slot)
                     if target is None:
@@ -94,6 +99,24 @@ class Scanner:
         for target in self._targets:
             self._targets.tables(target).finish(target.slot, seqnr)
         yield
+
+    def _ranges(
+        self, slot: int, areas: Spans, seqnr: int, result: ScanResult, eager: bool
+    ) -> Iterator[tuple[int, int]]:
+        """Give the page ranges to look at: near areas as one, without what rests."""
+        for at, end in areas.groups():
+            target = self._targets.by_slot.get(slot)
+            if eager or target is None:
+                yield at, end
+                continue
+            tables = self._targets.tables(target)
+            ranges, resting = tables.awake(slot, at, end, seqnr, self._now())
+            result.resting += resting
+            yield from ranges
+
+    def _now(self) -> int:
+        """Give seconds since the scanner was made."""
+        return int(time.monotonic() - self._began)
 
     def _step(
         self,
@@ -126,7 +149,7 @@ class Scanner:
             return end
         walk_end = max(present.walk_end >> PAGE_SHIFT, at + 1)
         seen = domain.tables.observe(
-            target.slot, at, walk_end, pages, checksums, seqnr, eager=eager
+            target.slot, at, walk_end, pages, checksums, seqnr, eager=eager, now=self._now()
         )
         counts = np.bincount(seen, minlength=len(Seen))
         result.scanned += len(found)

@@ -36,6 +36,7 @@ class TablesAgainstDict(RuleBasedStateMachine):
                 patch.object(rmap, "CHUNK_BLOCKS", 2),
                 patch.object(tables, "CHUNK_BLOCKS", 2),
                 patch.object(rmap, "_GROWTH_FLOOR", 1),
+                patch.object(tables, "_LEAST_REST", 1),
             ]
         for piece in self.patches:
             piece.start()
@@ -43,6 +44,10 @@ class TablesAgainstDict(RuleBasedStateMachine):
         self.model: dict[tuple[int, int], list[int]] = {}
         self.seqnr: Counter[int] = Counter()
         self.skipped = 0
+        self.now = 0
+        #: Blocks in which the last look found nothing changed, by (slot, page >> 6): when it did so
+        #: first, and last.
+        self.calm: dict[tuple[int, int], tuple[int, int]] = {}
 
     def teardown(self) -> None:
         for piece in self.patches:
@@ -52,8 +57,9 @@ class TablesAgainstDict(RuleBasedStateMachine):
         return sum(stable for _, stable, _ in self.model.values())
 
     def drop(self, keys: list[tuple[int, int]]) -> None:
-        for key in keys:
-            del self.model[key]
+        for slot, page in keys:
+            del self.model[slot, page]
+            self.calm.pop((slot, page >> 6), None)
 
     def expect(self, slot: int, page: int, checksum: int) -> Seen:
         checksum = max(checksum, 1)
@@ -83,6 +89,7 @@ class TablesAgainstDict(RuleBasedStateMachine):
         inside = [page for page in PAGES if first <= page < end]
         read = data.draw(st.dictionaries(st.sampled_from(inside), SUMS))
         pages = sorted(read)
+        same = {p: (row := self.model.get((slot, p))) and row[0] == max(read[p], 1) for p in pages}
         answer = self.tables.observe(
             slot,
             first,
@@ -90,6 +97,7 @@ class TablesAgainstDict(RuleBasedStateMachine):
             np.array(pages, np.uint64),
             np.array([read[page] for page in pages], np.uint32),
             self.seqnr[slot],
+            now=self.now,
         )
         self.drop([k for k in self.model if k[0] == slot and k[1] in inside and k[1] not in read])
         # All pages that changed leave the page hash before any joins it.
@@ -100,6 +108,39 @@ class TablesAgainstDict(RuleBasedStateMachine):
         expected = [self.expect(slot, page, read[page]) for page in pages]
         self.skipped += expected.count(Seen.TABLE_FULL)
         assert answer.tolist() == expected
+        for block in {page >> 6 for page in pages}:
+            if all(same[page] for page in pages if page >> 6 == block):
+                since, _ = self.calm.get((slot, block), (self.now, 0))
+                self.calm[slot, block] = since, self.now
+            else:
+                self.calm.pop((slot, block), None)
+
+    @rule(seconds=st.integers(0, 600))
+    def time_goes_by(self, seconds: int) -> None:
+        self.now += seconds
+
+    @rule(slot=SLOTS, span=st.lists(st.integers(50, 140), min_size=2, max_size=2, unique=True))
+    def only_whole_calm_blocks_rest_and_none_is_forgotten(self, slot: int, span: list[int]) -> None:
+        first, end = sorted(span)
+        ranges, spared = self.tables.awake(slot, first, end, self.seqnr[slot], self.now)
+        awake = [page for low, high in ranges for page in range(low, high)]
+        assert awake == sorted(set(awake))
+        resting = set(range(first, end)) - set(awake)
+        assert set(awake) <= set(range(first, end))
+        for block in {page >> 6 for page in resting}:
+            assert resting >= set(range(block << 6, (block + 1) << 6))
+            since, looked = self.calm[slot, block]
+            assert self.now < looked + 2 + 1.4 * (looked - since), "no longer than it was calm"
+        kept = [k for k in self.model if k[0] == slot and k[1] in resting]
+        assert spared == sum(self.model[key][1] for key in kept)
+        for key in kept:
+            self.model[key][2] = self.seqnr[slot]
+
+    @rule(slot=SLOTS, pages=st.lists(st.sampled_from(PAGES)))
+    def wake(self, slot: int, pages: list[int]) -> None:
+        self.tables.wake(slot, np.array(pages, np.uint64))
+        for page in pages:
+            self.calm.pop((slot, page >> 6), None)
 
     @rule(slot=SLOTS)
     def finish_and_start_the_next_scan(self, slot: int) -> None:

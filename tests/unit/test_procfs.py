@@ -225,7 +225,8 @@ def test_mappings_that_change_all_the_time_are_disjoint_whenever_they_are_read()
     )
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as process:
         try:
-            assert process.stdout is not None and process.stdout.readline()
+            assert process.stdout is not None
+            assert process.stdout.readline()
             for _ in range(60):
                 for read in (procfs.maps, procfs.smaps):
                     vmas = read(process.pid)
