@@ -15,9 +15,9 @@ store's side do not change, so they are cached by store page.
 
 from __future__ import annotations
 
+import hmac
+
 import numpy as np
-from cryptography.hazmat.primitives.hashes import SHA1
-from cryptography.hazmat.primitives.hmac import HMAC
 from numpy.typing import NDArray
 
 from ksmd.model.units import PAGE_SIZE
@@ -49,7 +49,7 @@ class HeadDigest:
     def __init__(self, key: bytes) -> None:
         if not key:
             raise ValueError("an empty key would let anyone compute digests")
-        self._keyed = HMAC(key, SHA1())
+        self._keyed = hmac.new(key, digestmod="sha1")
 
     def of_pages(self, run: memoryview | bytes) -> bytes:
         """Return the digest of the pages of ``run``; ValueError when they are not whole pages."""
@@ -66,7 +66,7 @@ class HeadDigest:
             raise ValueError(f"{size} bytes are not a whole number of page heads")
         keyed = self._keyed.copy()
         keyed.update(bytes(heads))
-        return keyed.finalize()
+        return keyed.digest()
 
 
 class Sha1Cache:

@@ -1,27 +1,15 @@
 """The stub's bytes and the layout of what it reads: header and records, as in stub.c.
 
-``stub.bin`` is what :data:`COMPILE` makes of ``stub.c``; ``python -m ksmd.remap.stub`` makes it
-anew, and a test compares. The bytes are checked in so that no compiler is needed to run ksmd.
+``stub.bin`` is what :mod:`ksmd.remap.build` makes of ``stub.c``.
 """
 
 from __future__ import annotations
 
 import functools
 import struct
-import subprocess
-import sys
-import tempfile
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Final
-
-COMPILER: Final = "gcc-12"
-COMPILE: Final = (
-    "-Os -ffreestanding -fPIE -fno-plt -mgeneral-regs-only -fno-stack-protector"
-    " -fcf-protection=none -fno-asynchronous-unwind-tables -fno-tree-loop-distribute-patterns"
-    " -Wall -Wextra -Werror"
-).split()
 
 MODE_WINDOW: Final = 0
 MODE_SETUP: Final = 1
@@ -73,7 +61,7 @@ class StubRecord:
 @functools.cache
 def code() -> bytes:
     """Give the stub's machine code."""
-    return files(__package__).joinpath("stub.bin").read_bytes()
+    return Path(__file__).with_name("stub.bin").read_bytes()
 
 
 def pack_header(address: int, **fields: int) -> bytes:
@@ -99,29 +87,3 @@ def unpack_results(data: bytes) -> list[tuple[int, int]]:
 def field_offset(name: str) -> int:
     """Offset of a header field in bytes."""
     return _INDEX[name] * 8
-
-
-def compile_stub(into: Path, compiler: str = COMPILER) -> bytes:
-    """Compile stub.c in directory *into* and give its flat bytes."""
-    here = Path(str(files(__package__)))
-    steps = (
-        [compiler, *COMPILE, "-c", str(here / "stub.c"), "-o", "stub.o"],
-        ["ld", "--no-warn-rwx-segments", "-static", "-nostdlib", "--build-id=none", "-N",
-         "-e", "_start", "-T", str(here / "stub.ld"), "stub.o", "-o", "stub.elf"],
-        ["objcopy", "-O", "binary", "-j", ".text", "stub.elf", "stub.bin"],
-    )  # fmt: skip
-    for step in steps:
-        subprocess.run(step, cwd=into, check=True)
-    return (into / "stub.bin").read_bytes()
-
-
-def _main() -> int:
-    with tempfile.TemporaryDirectory() as directory:
-        made = compile_stub(Path(directory))
-    Path(str(files(__package__).joinpath("stub.bin"))).write_bytes(made)
-    print(f"stub.bin: {len(made)} bytes")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(_main())

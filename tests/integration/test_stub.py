@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ksmd.model.window import Advice, Op
-from ksmd.remap import stub
+from ksmd.remap import build, stub
 
 SOURCE = files("ksmd.remap").joinpath("stub.c").read_text()
 
@@ -25,7 +25,7 @@ NOT_X87 = {"verr", "verw"}
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with stub.o, stub.elf and stub.bin, made from the source."""
     directory = tmp_path_factory.mktemp("stub")
-    stub.compile_stub(directory)
+    build.compile_stub(directory)
     return directory
 
 
