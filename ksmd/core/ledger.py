@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from ksmd.core.layout import VMA_BYTES
 from ksmd.model.refusal import Reason
+from ksmd.model.tables import SITES
 from ksmd.model.units import PAGE_SIZE
 
 #: How many of a target's last stops the percentile looks at.
@@ -43,36 +44,46 @@ class SlotSharing:
 class Sharing:
     """What is shared at this moment.
 
-    ``pages_shared``: store pages in use; ``pages_sharing``: sites beyond the first of each;
-    ``store_pages`` (uint64 ascending) and ``users`` (int64): how many sites each has.
+    ``pages_shared``: store pages in use; ``pages_sharing``: sites beyond the first of each.
     """
 
     pages_shared: int
     pages_sharing: int
-    store_pages: NDArray[np.uint64]
-    users: NDArray[np.int64]
     per_slot: dict[int, SlotSharing]
 
 
-def count_sharing(sites: Mapping[int, NDArray[np.uint64]]) -> Sharing:
-    """Count, given for each slot the store page of each of its pages that is still shared."""
+def count_sharing(sites: Mapping[int, NDArray[np.void]]) -> Sharing:
+    """Count, given for each slot the store pages that it still shows (dtype SITES, in any order).
+
+    Between two neighbouring ends of runs every store page has the same users; so what this takes
+    follows from the number of runs, not of pages.
+    """
     slots = list(sites)
     columns = [sites[slot] for slot in slots]
-    every = np.concatenate(columns) if columns else np.empty(0, np.uint64)
-    store_pages, which, users = np.unique(every, return_inverse=True, return_counts=True)
-    users = users.astype(np.int64)
-    credit = PAGE_SIZE * (1.0 - 1.0 / users)
-    ends = np.cumsum([column.size for column in columns])
+    every = np.concatenate(columns) if columns else np.empty(0, SITES)
+    starts, lengths = every["first"], every["npages"].astype(np.uint64)
+    ends = starts + lengths
+    borders, at = np.unique(np.concatenate((starts, ends)), return_inverse=True)
+    first, last = at[: len(every)], at[len(every) :]
+    steps = np.bincount(first, minlength=borders.size) - np.bincount(last, minlength=borders.size)
+    users = np.cumsum(steps)[:-1]
+    width = np.diff(borders).astype(np.int64)
+    credit = PAGE_SIZE * (1.0 - 1.0 / np.maximum(users, 1)) * width
+    upto_border = np.concatenate(([0.0], np.cumsum(credit)))
+    credited = upto_border[last] - upto_border[first]
+    pages = every["npages"].astype(np.int64)
+    upto_slot = np.cumsum([column.size for column in columns])
     per_slot = {}
     running, told = 0.0, 0
-    for slot, column, end in zip(slots, columns, ends.tolist(), strict=True):
-        running += float(credit[which[end - column.size : end]].sum())
+    for slot, column, end in zip(slots, columns, upto_slot.tolist(), strict=True):
+        part = slice(end - column.size, end)
+        running += float(credited[part].sum())
         # Rounding the running total, not each part, keeps the parts adding up to the whole.
         upto = round(running)
-        per_slot[slot] = SlotSharing(column.size, upto - told)
+        per_slot[slot] = SlotSharing(int(pages[part].sum()), upto - told)
         told = upto
-    shared = int(store_pages.size)
-    return Sharing(shared, int(every.size) - shared, store_pages, users, per_slot)
+    shared = int(width[users > 0].sum())
+    return Sharing(shared, int(pages.sum()) - shared, per_slot)
 
 
 def profit(

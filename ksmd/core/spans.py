@@ -54,3 +54,17 @@ class Spans:
         at = np.searchsorted(self.starts, pages, side="right") - 1
         at = np.maximum(at, 0)
         return at, (pages >= self.starts[at]) & (pages < self.ends[at])
+
+    def cut(self, low: U64, high: U64) -> tuple[Index, Index, U64, U64]:
+        """Cut ranges [*low*, *high*), none of them empty, at the borders of these.
+
+        Gives for each piece the number of its range and of the span that it lies in, and its two
+        ends; in the order of the ranges. What lies in no span is left out.
+        """
+        first = np.searchsorted(self.ends, low, side="right")
+        count = np.maximum(np.searchsorted(self.starts, high, side="left") - first, 0)
+        which = np.repeat(np.arange(len(low)), count)
+        span = np.arange(len(which)) - np.repeat(np.cumsum(count) - count, count)
+        span += np.repeat(first, count)
+        starts = np.maximum(low[which], self.starts[span])
+        return which, span, starts, np.minimum(high[which], self.ends[span])

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ksmd.core.price import WindowPrice
+from ksmd.core.spans import Spans
 from ksmd.model.tables import RECORD
 from ksmd.model.units import HUGE_PAGE_SIZE, PAGE_SHIFT
 from ksmd.model.vma import Area
@@ -106,17 +107,11 @@ def _whole(op: Op, runs: NDArray[np.void]) -> Records:
 
 def _inside(records: Records, areas: Sequence[Area]) -> Records:
     """Cut records at the borders of areas, which are disjoint; what lies in none goes."""
-    table = np.array(sorted((area.start, area.end) for area in areas), np.uint64).reshape(-1, 2)
-    starts, ends = table[:, 0], table[:, 1]
-    low, high = records["start"], records["start"] + records["length"]
-    first = np.searchsorted(ends, low, side="right")
-    count = np.maximum(np.searchsorted(starts, high, side="left") - first, 0)
-    which = np.repeat(np.arange(len(records)), count)
-    area = np.arange(len(which)) - np.repeat(np.cumsum(count) - count, count)
-    area += np.repeat(first, count)
+    spans = Spans(sorted((area.start, area.end) for area in areas))
+    low = records["start"]
+    which, _, starts, ends = spans.cut(low, low + records["length"])
     cut = records[which]
-    cut["start"] = np.maximum(low[which], starts[area])
-    cut["length"] = np.minimum(high[which], ends[area]) - cut["start"]
+    cut["start"], cut["length"] = starts, ends - starts
     _move_offsets(cut, cut["start"] - low[which])
     return cut
 

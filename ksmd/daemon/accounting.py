@@ -21,6 +21,7 @@ from ksmd.guard.client import Pager
 from ksmd.kernel import procfs
 from ksmd.kernel.pagemap import PageMap
 from ksmd.model.errors import TargetGoneError
+from ksmd.model.tables import SITES
 from ksmd.model.units import PAGE_SHIFT
 
 log = logging.getLogger(__name__)
@@ -64,7 +65,7 @@ class Accounting:
         target.sites, broken = _sites(target.pagemap, target.mappings)
         newly = max(0, broken - target.broken)
         target.cow_breaks += newly
-        if newly >= _STORM_PAGES and newly * _STORM_SHARE >= newly + len(target.sites):
+        if newly >= _STORM_PAGES and newly * _STORM_SHARE >= newly + target.merged_pages:
             self._targets.tell("cow_storm", target, newly)
         self._ledger.cow_breaks += newly
         target.broken = broken
@@ -116,24 +117,28 @@ def _groups(pages: NDArray[np.uint64]) -> Iterator[tuple[int, int]]:
     yield from zip(first.tolist(), (last + np.uint64(1)).tolist(), strict=True)
 
 
-def _sites(pagemap: PageMap, mappings: Sequence[Mapping]) -> tuple[NDArray[np.uint64], int]:
-    """Give the store pages that our mappings still show, and how many pages were written."""
+def _sites(pagemap: PageMap, mappings: Sequence[Mapping]) -> tuple[NDArray[np.void], int]:
+    """Give the store pages that our mappings still show (SITES), and how many were written."""
     ordered = sorted(mappings, key=lambda mapping: mapping.vma.start)
-    vmas = [(m.vma.start >> PAGE_SHIFT, m.vma.end >> PAGE_SHIFT) for m in ordered]
-    spans = Spans(vmas)
-    extents = [mapping.extent for mapping in ordered]
-    number = np.array([extent.number for extent in extents], np.uint64)
-    npages = np.array([extent.npages for extent in extents], np.int64)
+    spans = Spans((m.vma.start >> PAGE_SHIFT, m.vma.end >> PAGE_SHIFT) for m in ordered)
+    number = np.array([mapping.extent.number for mapping in ordered], np.uint64)
+    npages = np.array([mapping.extent.npages for mapping in ordered], np.int64)
     # the extent's page index at the first page of each VMA
     index = np.array([m.extent.index(m.vma.offset) for m in ordered], np.int64)
-    found: list[NDArray[np.uint64]] = []
+    parts: list[NDArray[np.void]] = []
     written = 0
     for start, end in spans.groups():
-        shared, broken = pagemap.still_shared(start << PAGE_SHIFT, end << PAGE_SHIFT)
-        written += int(np.count_nonzero(spans.find(broken)[1]))
-        at, inside = spans.find(shared)
-        at, shared = at[inside], shared[inside]
-        place = index[at] + (shared - spans.starts[at]).astype(np.int64)
-        good = (place >= 0) & (place < npages[at])
-        found.append((number[at[good]] << np.uint64(32)) | place[good].astype(np.uint64))
-    return np.concatenate(found) if found else np.empty(0, np.uint64), written
+        first, length, shared = pagemap.sharing(start << PAGE_SHIFT, end << PAGE_SHIFT)
+        which, at, low, high = spans.cut(first, first + length.astype(np.uint64))
+        ours = shared[which]
+        written += int((high - low)[~ours].sum())
+        at, low, high = at[ours], low[ours], high[ours]
+        place = index[at] + (low - spans.starts[at]).astype(np.int64)
+        # no further than the extent goes: what lies behind its end reads as nothing of the store
+        count = np.minimum((high - low).astype(np.int64), npages[at] - place)
+        good = (place >= 0) & (count > 0)
+        sites = np.empty(int(np.count_nonzero(good)), SITES)
+        sites["first"] = (number[at[good]] << np.uint64(32)) | place[good].astype(np.uint64)
+        sites["npages"] = count[good]
+        parts.append(sites)
+    return np.concatenate(parts) if parts else np.empty(0, SITES), written

@@ -105,6 +105,8 @@ class Merger:
 
         Nothing is changed; the plan's extents have numbers but no memory.
         """
+        if not domain.tables.stable:
+            return Plan()
         checksums, pages = domain.store.pages()
         zero = domain.checksummer.zero
         members = domain.tables.duplicates(checksums, zero)

@@ -206,8 +206,9 @@ def _areas(target: Target, start: int) -> list[dict[str, Any]]:
         vma = mapping.vma
         if vma.start < start:
             continue
-        shared, _ = target.pagemap.still_shared(vma.start, vma.end)
-        found.append(_area(vma.start, vma.end, vma.perms, "") | {"merging": len(shared)})
+        _, npages, shared = target.pagemap.sharing(vma.start, vma.end)
+        merging = {"merging": int(npages[shared].sum())}
+        found.append(_area(vma.start, vma.end, vma.perms, "") | merging)
     for area in target.areas:
         if area.start < start:
             continue

@@ -363,7 +363,7 @@ class Service:
                 )
             targets = [target]
         self.pipeline.unmerger.check_memory(targets)
-        expected = sum(len(target.sites) for target in targets)
+        expected = sum(target.merged_pages for target in targets)
         last = UnmergeResult()
 
         def interim(result: UnmergeResult) -> None:

@@ -21,6 +21,7 @@ from ksmd.kernel.memory import Memory
 from ksmd.kernel.pagemap import PageMap
 from ksmd.model.process import TargetId
 from ksmd.model.refusal import Reason
+from ksmd.model.tables import SITES
 from ksmd.model.vma import Area, Vma
 from ksmd.model.window import Op
 from ksmd.remap.engine import TargetContexts
@@ -90,7 +91,7 @@ class Target:
     vmas: int = 0
     handles_faults: bool = False  # by a userfaultfd of its own, when its maps were read last
     mappings: list[Mapping] = field(default_factory=list)
-    sites: NDArray[np.uint64] = field(default_factory=lambda: np.empty(0, np.uint64))
+    sites: NDArray[np.void] = field(default_factory=lambda: np.empty(0, SITES))
     broken: int = 0
     cow_breaks: int = 0
     tell: Tell | None = None
@@ -104,6 +105,11 @@ class Target:
     def pid(self) -> int:
         """Its pid."""
         return self.id.pid
+
+    @property
+    def merged_pages(self) -> int:
+        """Pages that showed the store at the last count."""
+        return int(self.sites["npages"].sum())
 
     def refuse(self, reason: Reason, detail: str, now: float) -> None:
         """Leave the target alone: for good, or with growing pauses where the reason may pass."""

@@ -71,7 +71,7 @@ class Unmerger:
 
     def check_memory(self, targets: Sequence[Target]) -> None:
         """Raise NotEnoughMemoryError, with figures, where the pages would not fit."""
-        _check_memory(sum(len(target.sites) for target in targets) * PAGE_SIZE)
+        _check_memory(sum(target.merged_pages for target in targets) * PAGE_SIZE)
 
     def unmerge(self, targets: Sequence[Target]) -> Iterator[UnmergeResult]:
         """Unmerge *targets*; gives the running result after every window."""

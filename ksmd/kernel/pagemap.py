@@ -119,12 +119,15 @@ def has_scan() -> bool:
 
 def _expand(regions: NDArray[np.void]) -> tuple[Pages, NDArray[np.uint64]]:
     """Turn regions into page numbers and the categories of each page."""
-    first = regions["start"] >> _SHIFT
     counts = ((regions["end"] - regions["start"]) >> _SHIFT).astype(np.int64)
+    return _ranges(regions["start"] >> _SHIFT, counts), np.repeat(regions["categories"], counts)
+
+
+def _ranges(first: Pages, counts: NDArray[np.int64]) -> Pages:
     before = np.cumsum(counts) - counts
     pages = np.arange(int(counts.sum()), dtype=np.uint64)
     pages += np.repeat(first - before.astype(np.uint64), counts)
-    return pages, np.repeat(regions["categories"], counts)
+    return pages
 
 
 class PageMap:
@@ -219,8 +222,17 @@ class PageMap:
         Shared: the store's page is mapped. Broken: a write has put a page of its own there. Pages
         that are absent, in swap, or the zero page are neither.
         """
+        first, npages, shared = self.sharing(start, end)
+        pages, shared = _ranges(first, npages), np.repeat(shared, npages)
+        return pages[shared], pages[~shared]
+
+    def sharing(self, start: int, end: int) -> tuple[Pages, NDArray[np.int64], Flags]:
+        """Tell the same in ranges, ascending: first pages, lengths in pages, and which are shared.
+
+        [start, end) may hold other mappings, too: the caller knows which are ours.
+        """
         if not has_scan():
-            return self._shared_by_entries(start, end)
+            return self._sharing_by_entries(start, end)
         found, _ = self._scan(
             start,
             end,
@@ -229,9 +241,8 @@ class PageMap:
             inverted=PAGE_IS_PFNZERO,
             returned=PAGE_IS_FILE,
         )
-        pages, categories = _expand(found)
-        shared = (categories & np.uint64(PAGE_IS_FILE)) != 0
-        return pages[shared], pages[~shared]
+        npages = ((found["end"] - found["start"]) >> _SHIFT).astype(np.int64)
+        return found["start"] >> _SHIFT, npages, (found["categories"] & PAGE_IS_FILE) != 0
 
     # ------------------------------------------------------------ PAGEMAP_SCAN
 
@@ -299,9 +310,13 @@ class PageMap:
             first = int(pages[-1][-1]) + 1 if total >= max_pages else min(stop, last)
         return Present(np.concatenate(pages), np.concatenate(backed), first << PAGE_SHIFT)
 
-    def _shared_by_entries(self, start: int, end: int) -> tuple[Pages, Pages]:
+    def _sharing_by_entries(self, start: int, end: int) -> tuple[Pages, NDArray[np.int64], Flags]:
         first = start >> PAGE_SHIFT
         entries = self.entries(first, (end - start) >> PAGE_SHIFT)
-        pages = np.arange(first, first + len(entries), dtype=np.uint64)
         shared = is_present(entries) & is_file(entries)
-        return pages[shared], pages[anonymous(entries)]
+        index = np.flatnonzero(shared | anonymous(entries))
+        fresh = np.ones(len(index), np.bool_)
+        fresh[1:] = (np.diff(index) != 1) | (shared[index[1:]] != shared[index[:-1]])
+        starts = np.flatnonzero(fresh)
+        npages = np.diff(np.append(starts, len(index))).astype(np.int64)
+        return index[starts].astype(np.uint64) + np.uint64(first), npages, shared[index[starts]]

@@ -22,6 +22,9 @@ RUN = np.dtype(
     ]
 )
 
+#: Neighbouring store pages that one target shows: ``first`` is a STORE_PAGE.
+SITES = np.dtype([("first", np.uint64), ("npages", np.uint32)])
+
 #: A run of neighbouring pages of one target, without a place in the store.
 SPAN = np.dtype([("target", np.uint32), ("npages", np.uint32), ("page", np.uint64)])
 

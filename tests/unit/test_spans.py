@@ -54,3 +54,19 @@ def test_ranges_that_overlap_or_run_backwards_are_refused() -> None:
         Spans([(1, 5), (4, 6)])
     with pytest.raises(ValueError, match="not in order"):
         Spans([(10, 11), (4, 6)])
+
+
+@given(GAPS_AND_LENGTHS, GAPS_AND_LENGTHS)
+def test_ranges_are_cut_at_every_border_and_lose_nothing_that_lies_inside(
+    spans: list[tuple[int, int]], cut: list[tuple[int, int]]
+) -> None:
+    known, ranges = ranges_of(spans), ranges_of(cut)
+    table = np.array(ranges, np.uint64).reshape(-1, 2)
+    pieces = list(zip(*Spans(known).cut(table[:, 0], table[:, 1]), strict=True))
+    expected = [
+        (which, at, max(low, start), min(high, end))
+        for which, (low, high) in enumerate(ranges)
+        for at, (start, end) in enumerate(known)
+        if max(low, start) < min(high, end)
+    ]
+    assert pieces == expected
