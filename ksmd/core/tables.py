@@ -161,7 +161,7 @@ class PageTables:
         """Have the next scan look at *pages* of a target, in any order: they have changed."""
         table = self._maps.get(slot)
         if table is not None:
-            at, there = table.find(np.unique(pages >> np.uint64(BLOCK_SHIFT)))
+            at, there = table.find(PageBits(_ascending(pages)).keys)
             self._blocks.wake(table.blocks[at[there]])
 
     def _enter(self, slot: int, seqnr: int) -> BlockMap:
@@ -199,7 +199,7 @@ class PageTables:
         table = self._maps.get(slot)
         if table is None or not pages.size:
             return 0
-        cut = PageBits(np.unique(pages))
+        cut = PageBits(_ascending(pages))
         at, there = table.find(cut.keys)
         at = at[there]
         gone = cut.all_bits()[there] & self._blocks.present(table.blocks[at])
@@ -338,6 +338,11 @@ def _first(mask: Bools, n: int) -> Bools:
     if np.count_nonzero(mask) <= n:
         return mask
     return mask & (np.cumsum(mask) <= n)
+
+
+def _ascending(pages: U64) -> U64:
+    """Return *pages* in order, each once; most come so already."""
+    return np.unique(pages) if np.any(pages[1:] <= pages[:-1]) else pages
 
 
 def _check(first_page: int, end_page: int, pages: U64, checksums: U32) -> None:

@@ -68,9 +68,10 @@ def spans(records: Records) -> list[tuple[int, int]]:
     """Return the ranges [start, end) that *records* cover, ascending, neighbours as one."""
     if not len(records):
         return []
-    order = np.argsort(records["start"])
-    starts = records["start"][order]
-    ends = starts + records["length"][order]
+    if np.any(records["start"][1:] < records["start"][:-1]):
+        records = records[np.argsort(records["start"])]
+    starts = records["start"]
+    ends = starts + records["length"]
     cuts = np.flatnonzero(starts[1:] != ends[:-1])
     first = starts[np.append(0, cuts + 1)].tolist()
     return list(zip(first, ends[np.append(cuts, len(ends) - 1)].tolist(), strict=True))
