@@ -10,7 +10,7 @@ import contextlib
 import logging
 import os
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -44,7 +44,7 @@ from ksmd.model.units import HUGE_PAGE_PAGES, HUGE_PAGE_SIZE, PAGE_SHIFT
 from ksmd.model.vma import Area
 from ksmd.model.window import Op, WindowRequest, WindowResult
 from ksmd.remap.engine import Engine, RefusedTargetError
-from ksmd.remap.store import Extent
+from ksmd.remap.store import Extent, Making
 from ksmd.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -89,6 +89,7 @@ class Merger:
         self._engine = engine
         self._pager = pager
         self._next_extent = 1
+        self._ahead: Making | None = None
 
     @property
     def _settings(self) -> Settings:
@@ -188,25 +189,42 @@ class Merger:
     ) -> Iterator[MergeResult]:
         """Extent by extent, the most profitable first: filled, then mapped by all its users.
 
-        So the store grows into memory that the extent before has just freed, and is in the cache
-        while its users are compared with it.
+        So the store grows into memory that the extents before have just freed. While windows of
+        one extent are at work, in the tracer, the next one is made here.
         """
         new = {planned.extent: planned for planned in plan.extents}
         numbers, first = np.unique(plan.merges["extent"], return_index=True)
-        for number in numbers[np.argsort(first)].tolist():
-            if number in new:
-                if not self._fill(domain, new[number], result):
+        order = numbers[np.argsort(first)].tolist()
+        waiting = deque(new[number] for number in order if number in new)
+        try:
+            for number in order:
+                if number in new:
+                    filled = self._fill(domain, waiting.popleft(), result)
+                    if waiting:
+                        self._ahead = Making(domain.store.making(waiting[0], self._copy))
+                    if not filled:
+                        continue
+                    yield result
+                extent = domain.store.extents.get(number)
+                if extent is None:  # given back meanwhile
                     continue
-                yield result
-            extent = domain.store.extents.get(number)
-            if extent is None:  # given back meanwhile
-                continue
-            runs = plan.merges[plan.merges["extent"] == number]
-            users = self._users(domain, extent, runs, asked, result)
-            if number in new:
-                users = without_lonely(users, extent, result.refused)
-            for target, areas, records in users:
-                yield from self._open_windows(domain, target, areas, extent, records, asked, result)
+                runs = plan.merges[plan.merges["extent"] == number]
+                users = self._users(domain, extent, runs, asked, result)
+                if number in new:
+                    users = without_lonely(users, extent, result.refused)
+                for target, areas, records in users:
+                    yield from self._open_windows(
+                        domain, target, areas, extent, records, asked, result
+                    )
+        finally:
+            if self._ahead is not None:
+                self._ahead.give_up()
+                self._ahead = None
+
+    def _meanwhile(self) -> None:
+        """While a window is at work: go on with the next extent."""
+        if self._ahead is not None:
+            self._ahead.step()
 
     def _drop_zeros(
         self, domain: Domain, plan: Plan, asked: Asked, result: MergeResult
@@ -267,9 +285,10 @@ class Merger:
             yield result
 
     def _fill(self, domain: Domain, planned: ExtentPlan, result: MergeResult) -> bool:
-        """Make one of the plan's new extents."""
+        """Finish the next of the plan's new extents."""
         try:
-            domain.store.create(planned, self._copy)
+            making, self._ahead = self._ahead, None
+            (making or Making(domain.store.making(planned, self._copy))).finish()
         except KsmdError as error:
             log.warning("domain %s: %s", domain.name, error, extra=fields(domain=domain.name))
             result.refused[Reason.STORE_FULL] += planned.npages
@@ -286,8 +305,7 @@ class Merger:
             own = target.pagemap.exclusive_of(pages).all()  # fork may have shared them since
             read = target.memory.read_exclusive_into if own else target.memory.read_into
             return read(page << PAGE_SHIFT, view)
-        except TargetGoneError:
-            self._targets.drop(target)
+        except TargetGoneError:  # nobody is dropped in the middle of somebody's window
             return 0
 
     def _window(
@@ -344,6 +362,7 @@ class Merger:
             request,
             target.contexts,
             extent.map.fd_ro if extent is not None else -1,
+            meanwhile=self._meanwhile,
         )
         # what a window left whose tracer died is settled by the next one that finds no stub at work
         if done.refused is None or not (done.lost or left_over):

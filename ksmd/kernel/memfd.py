@@ -27,6 +27,7 @@ import contextlib
 import errno
 import fcntl
 import os
+from collections.abc import Generator
 from dataclasses import dataclass
 
 from ksmd.kernel import libc
@@ -119,6 +120,17 @@ def create_extent(name: str, npages: int) -> ExtentMap:
     start; for a last part below 2 MiB, and where no huge page is free, there are single pages.
     Raises KsmdError (memory, descriptors), PrivilegeError, KernelFeatureError.
     """
+    steps = creating(name, npages)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            made: ExtentMap = end.value
+            return made
+
+
+def creating(name: str, npages: int) -> Generator[None, None, ExtentMap]:
+    """Do the same, block by block. Closed before its end, it leaves nothing behind."""
     if npages <= 0 or npages * PAGE_SIZE > FILE_SIZE:
         raise ValueError(f"an extent cannot have {npages} pages")
     step = "memfd_create"
@@ -135,6 +147,7 @@ def create_extent(name: str, npages: int) -> ExtentMap:
         step = "allocate"  # before the seals, which forbid holes
         for offset in range(0, length - HUGE_PAGE_SIZE + 1, HUGE_PAGE_SIZE):
             _allocate_block(fd, address, offset)
+            yield
         step = "open read-only"  # before the mode goes: afterwards it would take CAP_DAC_OVERRIDE
         fd_ro = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
         step = "fchmod"
@@ -142,12 +155,14 @@ def create_extent(name: str, npages: int) -> ExtentMap:
         step = "seal"
         fcntl.fcntl(fd, F_ADD_SEALS, SEALS)
         found = os.fstat(fd)
-    except OSError as error:
+    except BaseException as error:
         if address:
             libc.munmap(address, length)
         if fd_ro >= 0:
             os.close(fd_ro)
-        raise _translate(error, step) from error
+        if isinstance(error, OSError):
+            raise _translate(error, step) from error
+        raise
     finally:
         os.close(fd)
     device = (os.major(found.st_dev), os.minor(found.st_dev))

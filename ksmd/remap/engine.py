@@ -6,6 +6,7 @@ import errno
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -39,6 +40,10 @@ class RefusedTargetError(Exception):
         self.reason = reason
         self.detail = detail
         self.lost = lost
+
+
+def _nothing() -> None:
+    """Do nothing meanwhile."""
 
 
 class Engine:
@@ -81,13 +86,18 @@ class Engine:
             self._process = None
 
     def _ask(
-        self, header: dict[str, Any], payload: bytes = b"", fds: tuple[int, ...] = ()
+        self,
+        header: dict[str, Any],
+        payload: bytes = b"",
+        fds: tuple[int, ...] = (),
+        meanwhile: Callable[[], None] = _nothing,
     ) -> tuple[dict[str, Any], bytes, list[int]]:
         """Send one request; a refusal of the target is raised as RefusedTargetError."""
         if self._process is None or self._process.poll() is not None:
             self.start()
         try:
             channel.send(self._ours, header, payload, fds)
+            meanwhile()
             reply, data, out = channel.receive(self._ours)
         except (channel.PeerGoneError, TimeoutError):
             raise self._lost() from None
@@ -146,10 +156,12 @@ class Engine:
         store: int = -1,
         *,
         fail: tuple[int, int, int] = (0, 0, 0),
+        meanwhile: Callable[[], None] = _nothing,
     ) -> WindowResult:
         """Carry out one stop window. *store* is the extent's read-only descriptor.
 
-        Without *contexts* it can only unmerge, where nobody guards what is merged.
+        Without *contexts* it can only unmerge, where nobody guards what is merged. *meanwhile* is
+        called while the tracer is at work, which does not wait for it.
         """
         header = self._header("window", request.target, request.deadline_ms)
         header |= {"inode": request.extent_inode, "fail": fail}
@@ -157,7 +169,7 @@ class Engine:
         fds += [store] if store >= 0 else []
         records = request.records
         try:
-            reply, data, _ = self._ask(header, records.tobytes(), tuple(fds))
+            reply, data, _ = self._ask(header, records.tobytes(), tuple(fds), meanwhile)
         except RefusedTargetError as error:
             return WindowResult(
                 request.target,

@@ -9,7 +9,7 @@ effect). Its memory comes back when nobody uses any page of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -21,7 +21,7 @@ from ksmd.kernel.iouring import PinRing
 from ksmd.kernel.memfd import ExtentMap
 from ksmd.model.errors import KsmdError
 from ksmd.model.plan import ExtentPlan
-from ksmd.model.units import PAGE_SHIFT, PAGE_SIZE
+from ksmd.model.units import HUGE_PAGE_PAGES, PAGE_SHIFT, PAGE_SIZE
 
 #: What must stay free besides the extent itself, in bytes.
 MEMORY_RESERVE = 64 << 20
@@ -67,6 +67,37 @@ class Extent:
         return libc.view(self.map.address + self.offset(index), npages << PAGE_SHIFT)
 
 
+class Making:
+    """An extent that is made bit by bit, while somebody else is at work."""
+
+    def __init__(self, steps: Generator[None, None, Extent]) -> None:
+        self._steps = steps
+        self._made: Extent | None = None
+        self._failed: KsmdError | None = None
+
+    def step(self) -> None:
+        """Go on a little. What goes wrong is raised by :meth:`finish`."""
+        if self._made is None and self._failed is None:
+            try:
+                next(self._steps)
+            except StopIteration as end:
+                self._made = end.value
+            except KsmdError as error:
+                self._failed = error
+
+    def finish(self) -> Extent:
+        """Make what is left of it. KsmdError leaves nothing behind."""
+        while self._made is None:
+            if self._failed is not None:
+                raise self._failed
+            self.step()
+        return self._made
+
+    def give_up(self) -> None:
+        """Leave nothing behind of what is not finished."""
+        self._steps.close()
+
+
 class Keeper(Protocol):
     """Who else holds extents in place: our death must not move a page that a target maps."""
 
@@ -98,14 +129,18 @@ class Store:
 
     def create(self, plan: ExtentPlan, copy: Copy) -> Extent:
         """Make, fill, lock and pin the extent of *plan*. KsmdError leaves nothing behind."""
+        return Making(self.making(plan, copy)).finish()
+
+    def making(self, plan: ExtentPlan, copy: Copy) -> Generator[None, None, Extent]:
+        """Do the same in steps of some 2 MiB. Closed before its end, it leaves nothing behind."""
         available = risks.mem_available()
         if plan.npages * PAGE_SIZE + MEMORY_RESERVE > available:
             raise KsmdError(
                 f"the store cannot grow by {plan.npages} pages: {available >> 20} MiB are available"
             )
-        made = memfd.create_extent(f"ksmd-{self.domain}"[:200], plan.npages)
+        made = yield from memfd.creating(f"ksmd-{self.domain}"[:200], plan.npages)
         try:
-            good = self._fill(made, plan, copy)
+            good = yield from self._filling(made, plan, copy)
             memfd.lock(made)
             token = self.ring.pin(made.address, made.length)
             libc.mprotect(made.address, made.length, libc.PROT_READ)  # a stray store faults here
@@ -130,15 +165,28 @@ class Store:
         extent = self.extents[number] = Extent(number, made, *none, token)
         return extent
 
-    def _fill(self, made: ExtentMap, plan: ExtentPlan, copy: Copy) -> NDArray[np.bool_]:
-        view = libc.view(made.address, made.length)
-        at = 0
+    def _filling(
+        self, made: ExtentMap, plan: ExtentPlan, copy: Copy
+    ) -> Generator[None, None, NDArray[np.bool_]]:
+        """Copy and checksum what *plan* names: which pages hold what it expected."""
+        good = np.zeros(made.npages, np.bool_)
+        at = done = 0
         for source in plan.sources:
-            length = int(source["npages"]) << PAGE_SHIFT
-            copy(int(source["target"]), int(source["page"]), view[at : at + length])
-            at += length
-        good: NDArray[np.bool_] = self.sums(view) == plan.checksums
+            slot, page, left = (int(source[name]) for name in ("target", "page", "npages"))
+            while left:
+                count = min(left, HUGE_PAGE_PAGES)
+                copy(slot, page, self._view(made, at, at + count))
+                at, page, left = at + count, page + count, left - count
+                if at - done >= HUGE_PAGE_PAGES or at == made.npages:
+                    sums = self.sums(self._view(made, done, at))
+                    good[done:at] = sums == plan.checksums[done:at]
+                    done = at
+                    yield
         return good
+
+    @staticmethod
+    def _view(made: ExtentMap, start: int, end: int) -> memoryview:
+        return libc.view(made.address + (start << PAGE_SHIFT), (end - start) << PAGE_SHIFT)
 
     def release(self, number: int) -> None:
         """Give an extent back: no target maps it any more."""
