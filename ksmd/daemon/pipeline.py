@@ -73,7 +73,7 @@ class Pipeline:
     def full_pass(self, asked: bool) -> Iterator[float]:
         """Scan everything once and merge what the scan found; sets :attr:`last`."""
         pause = 0.0 if asked else self._settings.scan.sleep_millisecs / 1000
-        for _ in self.targets.refreshing():
+        for _ in self.targets.refreshing(if_changed=not asked):
             yield 0.0
         scan, settings = ScanResult(), self._settings.scan
         pages = step_pages(settings.pages_to_scan, 0 if asked else settings.cpu_percent)

@@ -89,6 +89,8 @@ class Target:
     zero_pages: int = 0
     anonymous: int = 0  # pages that are no file's, at the last count
     vmas: int = 0
+    known_maps: int = 0  # procfs.maps_hash when the areas were read last
+    reread_at: float = 0.0  # when they are to be read anew even so
     handles_faults: bool = False  # by a userfaultfd of its own, when its maps were read last
     mappings: list[Mapping] = field(default_factory=list)
     sites: NDArray[np.void] = field(default_factory=lambda: np.empty(0, SITES))

@@ -42,6 +42,8 @@ STORE_PATH = "/memfd:ksmd-"
 Registered = Callable[[TargetId | None], Iterable[Selected]]
 #: VmFlags of memory that is registered with a userfaultfd: missing, write-protected, minor.
 _FAULT_FLAGS = frozenset({"um", "uw", "ui"})
+#: Seconds for which flags that were read with unchanged maps are good enough to scan by.
+_REREAD_SECS = 60.0
 _TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 
 
@@ -94,8 +96,11 @@ class Targets:
         for _ in self.refreshing():
             pass
 
-    def refreshing(self) -> Iterator[None]:
-        """Do as :meth:`refresh`, yielding after each target: maps may be long."""
+    def refreshing(self, *, if_changed: bool = False) -> Iterator[None]:
+        """Do as :meth:`refresh`, yielding after each target: maps may be long.
+
+        *if_changed*: as for :meth:`read_areas`.
+        """
         wanted, self.refusals = self._wanted()
         self._seen = frozenset(wanted)
         for target in self:
@@ -111,7 +116,7 @@ class Targets:
             else:
                 self._add(selected)
         for target in self:
-            self.read_areas(target)
+            self.read_areas(target, if_changed=if_changed)
             yield
 
     def _wanted(self) -> tuple[dict[TargetId, Selected], list[Refusal]]:
@@ -195,6 +200,8 @@ class Targets:
         if selected.domain != target.selected.domain:
             self.tables(target).forget(target.slot)
             self._domain(selected.domain)
+        if (selected.regions, selected.also) != (target.selected.regions, target.selected.also):
+            target.reread_at = 0.0
         target.selected = selected
 
     def _domain(self, name: str) -> Domain:
@@ -296,18 +303,28 @@ class Targets:
             if vma.inode in extents and vma.path.startswith(STORE_PATH)
         ]
 
-    def read_areas(self, target: Target) -> None:
-        """Read the target's maps: what may be scanned, what not, and what is merged."""
+    def read_areas(self, target: Target, *, if_changed: bool = False) -> None:
+        """Read the target's maps: what may be scanned, what not, and what is merged.
+
+        *if_changed*: flags alone may be up to a minute old. That is enough to scan by, not to merge
+        by: they do not show in maps, and with them the kernel looks at every page.
+        """
         extents = self.extents_by_inode()
 
         def ours(vma: Vma) -> bool:
             return vma.inode in extents and vma.path.startswith(STORE_PATH)
 
+        now = time.monotonic()
         try:
+            known = procfs.maps_hash(target.pid)
+            if if_changed and known == target.known_maps and now < target.reread_at:
+                target.memory.may_pin &= not risks.may_answer_faults(target.pid)
+                return
             vmas = procfs.smaps(target.pid)
         except TargetGoneError:
             self.drop(target)
             return
+        target.known_maps, target.reread_at = known, now + _REREAD_SECS
         target.vmas = len(vmas)
         target.mappings = [Mapping(vma, extents[vma.inode]) for vma in vmas if ours(vma)]
         target.handles_faults = any(vma.flags & _FAULT_FLAGS and not ours(vma) for vma in vmas)

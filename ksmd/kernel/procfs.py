@@ -416,6 +416,11 @@ def maps(pid: int, tid: int | None = None) -> list[Vma]:
     return disjoint(parse_maps(read_file(task_path(pid, "maps", tid), f"process {pid}")))
 
 
+def maps_hash(pid: int) -> int:
+    """Give a number that all of maps goes into: when it is another, something has changed."""
+    return hash(read_file(task_path(pid, "maps"), f"process {pid}"))
+
+
 def smaps(pid: int, tid: int | None = None) -> list[Vma]:
     """Read the mappings with their flags. The kernel walks all page tables for it: some ms/GiB."""
     return disjoint(parse_smaps(read_file(task_path(pid, "smaps", tid), f"process {pid}")))

@@ -108,3 +108,30 @@ def test_memory_of_a_program_with_a_userfaultfd_is_read_without_pins(pipeline: P
         for target in pipeline.targets:
             pipeline.targets.read_areas(target)
             assert not target.memory.may_pin
+
+
+def test_flags_are_read_again_in_time_to_merge_by_and_maps_whenever_they_change(
+    pipeline: Pipeline,
+) -> None:
+    with Victim(SCRIPT) as one, Victim(SCRIPT) as other:
+        select(pipeline, one, other)
+        refresh = pipeline.targets.refreshing
+        here = next(target for target in pipeline.targets if target.pid == one.pid)
+        read = here.areas
+        assert [area.start for area in read] == [one.ready]
+        list(refresh(if_changed=True))
+        assert here.areas is read, "nothing has changed"
+        # no line of maps changes by this
+        assert one.ask(f"libc.mlock(ctypes.c_void_p({one.ready}), {NPAGES} * PAGE)") == 0
+        list(refresh(if_changed=True))
+        assert here.areas is read
+        for _ in pipeline.scanner.full_scan(1 << 20, ScanResult(), eager=True):
+            pass
+        assert merge(pipeline).merged == 0, "one of two is locked, and the other is alone"
+        assert here.areas == []
+        one.ask(f"libc.munlock(ctypes.c_void_p({one.ready}), {NPAGES} * PAGE)")
+        list(refresh())
+        assert [area.start for area in here.areas] == [one.ready]
+        one.ask(f"libc.munmap(ctypes.c_void_p({one.ready} + 8 * PAGE), PAGE)")
+        list(refresh(if_changed=True))
+        assert len(here.areas) == 2
