@@ -112,7 +112,7 @@ def _fixed(value: int, least: int = 0, most: int = _UINT_MAX, holds: int | None 
 def _advisor(_caller: Caller, data: bytes) -> None:
     mode = data.removesuffix(b"\n")
     if mode == b"scan-time":
-        raise OSError(errno.EBUSY, "ksmd has no advisor")
+        raise OSError(errno.EBUSY, "the settings file chooses ksmd's advisor: scan.advisor")
     if mode != b"none":
         raise OSError(errno.EINVAL, "none or scan-time")
 

@@ -6,9 +6,11 @@ main loop stays in charge: after each bounded step it gives the seconds to wait 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from ksmd.core.advisor import Advisor
 from ksmd.core.budget import step_pages
 from ksmd.core.ledger import Ledger
 from ksmd.daemon.accounting import Accounting
@@ -65,6 +67,7 @@ class Pipeline:
         self.last: PassResult | None = None
         self.volatile = 0
         self.merging = Exclusive()
+        self._advisor = Advisor()
 
     @property
     def _settings(self) -> Settings:
@@ -75,10 +78,14 @@ class Pipeline:
         pause = 0.0 if asked else self._settings.scan.sleep_millisecs / 1000
         for _ in self.targets.refreshing(if_changed=not asked):
             yield 0.0
-        scan, settings = ScanResult(), self._settings.scan
-        pages = step_pages(settings.pages_to_scan, 0 if asked else settings.cpu_percent)
-        for _ in self.scanner.full_scan(pages, scan, eager=asked):
+        scan = ScanResult()
+        began, slept = time.monotonic(), 0.0
+        for _ in self.scanner.full_scan(self._batch(asked), scan, eager=asked):
+            before = time.monotonic()
             yield pause
+            slept += time.monotonic() - before
+        if not asked:
+            self._advisor.learn(scan.scanned, time.monotonic() - began - slept)
         self.ledger.full_scans += 1
         self.ledger.pages_scanned += scan.scanned
         self.ledger.pages_skipped += sum(scan.refused.values()) + scan.resting
@@ -87,6 +94,23 @@ class Pipeline:
         if self._settings.run == "merge":
             yield from self._merge(asked, pause, merge)
         self.last = PassResult(scan, merge)
+
+    def _batch(self, asked: bool) -> int:
+        """Give how many pages the scan that begins now takes before each sleep."""
+        scan = self._settings.scan
+        if asked:
+            return scan.pages_to_scan
+        self._advisor.targets({target.slot for target in self.targets})
+        pages = scan.pages_to_scan
+        if scan.advisor == "scan-time":
+            pages = self._advisor.pages(
+                scan_secs=scan.target_scan_time,
+                sleep_secs=scan.sleep_millisecs / 1000,
+                max_cpu=scan.advisor_max_cpu,
+                least=scan.advisor_min_pages_to_scan,
+                most=scan.advisor_max_pages_to_scan,
+            )
+        return step_pages(pages, scan.cpu_percent)
 
     def _merge(self, asked: bool, pause: float, merge: MergeResult) -> Iterator[float]:
         limit = self._settings.scan.max_pages_to_merge

@@ -79,6 +79,7 @@ class Tuning:
             "sleep_millisecs": -(-given.sleep // 1000),
             "pages_to_scan": given.pages_to_scan or scan.pages_to_scan,
             "max_pages_to_merge": given.max_pages_to_merge or scan.max_pages_to_merge,
+            "advisor": "none",  # it would choose another number of pages
         }
         return self.base.model_copy(
             update={"scan": scan.model_copy(update=changed), "run": _RUN[given.flags]}

@@ -74,6 +74,26 @@ class Scan(_Model):
         "ten seconds for what they do by themselves. What is asked for (ksmctl scan, SIGUSR1, "
         "programs' calls) is not held back by it. 0: no limit.",
     )
+    advisor: Literal["none", "scan-time"] = Field(
+        default="none",
+        description="As KSM's advisor_mode. scan-time: pages_to_scan is not taken from here but "
+        "chosen anew for each scan, so that it takes target_scan_time; a new target's memory is "
+        "scanned faster at first.",
+    )
+    target_scan_time: Annotated[int, Field(ge=1, le=86400)] = Field(
+        default=200, description="Seconds that a full scan shall take, with the advisor."
+    )
+    advisor_max_cpu: Annotated[int, Field(ge=1, le=100)] = Field(
+        default=70,
+        description="Percent of one core that scanning may take with the advisor, even if it then "
+        "takes longer.",
+    )
+    advisor_min_pages_to_scan: Count = Field(
+        default=500, description="The fewest pages before each sleep that the advisor chooses."
+    )
+    advisor_max_pages_to_scan: Count = Field(
+        default=30000, description="The most pages before each sleep that the advisor chooses."
+    )
 
 
 @dataclass(frozen=True, slots=True)
