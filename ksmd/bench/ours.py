@@ -30,6 +30,8 @@ from ksmd.model.errors import KsmdError
 
 _START_SECONDS = 60.0
 _STOP_SECONDS = 60.0
+_PASS_SECONDS = 120.0
+_POLL_SECONDS = 0.05
 _BATCH = 1_000_000
 
 #: How the daemon is started; a profiler may stand in front.
@@ -203,11 +205,23 @@ class Ksmd:
         return cpu_of_family(self.pid)
 
     def rescan(self, before: Callable[[], None], cpu: Callable[[], float]) -> float:
-        """Ask for scans once more."""
+        """Have the daemon do passes of its own: what has not changed before rests in the second."""
+        self._own_pass()
         before()
         began = cpu()
-        passes = self._call("Scan", wait=True)["passes"]
-        return (cpu() - began) / float(passes)
+        self._own_pass()
+        return cpu() - began
+
+    def _own_pass(self) -> None:
+        scans, deadline = self._call("Status")["full_scans"], time.monotonic() + _PASS_SECONDS
+        self._call("Resume")
+        try:
+            while self._call("Status")["full_scans"] == scans:
+                if time.monotonic() > deadline:
+                    raise KsmdError(f"ksmd does not end a pass; its log: {self._last_words()}")
+                time.sleep(_POLL_SECONDS)
+        finally:
+            self._call("Pause")
 
     def report(self, entries: NDArray[np.uint64], /) -> Report:
         """Ask for the status, and /proc for the rest."""
