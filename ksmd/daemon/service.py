@@ -6,14 +6,14 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from ksmd.daemon import listening, report
+from ksmd.daemon import listening, notify, report
 from ksmd.daemon.access import denied
 from ksmd.daemon.adopt import Adoption, find_pager
 from ksmd.daemon.connection import Call, CallError
@@ -43,7 +43,6 @@ log = logging.getLogger(__name__)
 
 #: What the service manager is asked for, again and again while targets get their memory back.
 _LEAVING_SECS = 60.0
-_SIGNALS = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 
 
 class Service:
@@ -74,8 +73,9 @@ class Service:
         try:
             self.features = require_features()
             name = str(self.server.path.absolute())
-            adopted = find_pager(name)
-            self._pager = adopted or Pager(name)
+            running = find_pager(name)
+            self._pager = running or Pager(name)
+            adopted = self._pager.recall(self.manager.stored()) or running is not None
             self._engine = Engine()
             self._start_helpers()
         except BaseException:
@@ -102,7 +102,7 @@ class Service:
         self.programs = Programs(self.pipeline, self.loop.turns, self.loop.selector)
         self.loop.serve(self.server)
         self._watch_pager()
-        if adopted is not None:
+        if adopted:
             adoption = Adoption(self.pipeline, self._pager, ring)
             adoption.restore()
             self._do("adopt", adoption.steps())
@@ -124,9 +124,14 @@ class Service:
 
     # -- life -------------------------------------------------------------------------------
 
-    def run(self) -> int:
-        """Serve until told to stop; then unmerge, if the settings say so."""
-        self.loop.catch_signals(_SIGNALS)
+    def run(self, early: Sequence[int] = ()) -> int:
+        """Serve until told to stop; then unmerge, if the settings say so.
+
+        *early*: signals that came before, to be heeded now.
+        """
+        self.loop.catch_signals(notify.SIGNALS)
+        for number in early:
+            self._on_signal(number)
         log.info("ready on %s", self.server.path)
         self.manager.ready()
         self.loop.run()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import select
 import subprocess
 from typing import Any
 
@@ -36,10 +37,23 @@ class Target:
 
     def ask(self, line: str) -> str:
         """Have it do something: its answer."""
+        self.order(line)
+        return self.answer()
+
+    def order(self, line: str) -> None:
+        """Have it do something."""
         assert self._process.stdin is not None
-        assert self._process.stdout is not None
         self._process.stdin.write(line + "\n")
         self._process.stdin.flush()
+
+    def has_answered(self) -> bool:
+        """Whether the answer to an order is there."""
+        assert self._process.stdout is not None
+        return bool(select.select([self._process.stdout], [], [], 0)[0])
+
+    def answer(self) -> str:
+        """Wait for the answer to an order."""
+        assert self._process.stdout is not None
         return self._process.stdout.readline().strip()
 
     def store_pages(self) -> int:

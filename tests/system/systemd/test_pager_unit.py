@@ -152,26 +152,3 @@ def test_when_pager_and_daemon_are_killed_at_once_the_guard_stands_and_all_comes
     assert "lost its pins" in told  # so who mapped it had its pages back before that
     assert "nobody guards" not in told
     assert guarded(pair)
-
-
-def test_without_its_unit_ksmd_starts_a_pager_of_its_own_that_outlives_it_too(
-    service: Service, pair: Pair
-) -> None:
-    machine = service.machine
-    machine.run("systemctl", "stop", "ksmd-pager.service")
-    machine.run("systemctl", "mask", "--runtime", "ksmd-pager.service")
-    try:
-        service.settle()
-        main = service.main_pid
-        pager = machine.run("pgrep", "^ksmd-pager")
-        assert machine.run("cat", f"/proc/{pager}/cgroup").endswith("/ksmd.service")
-        service.signal("KILL")
-        assert guarded(pair)
-        until(lambda: service.main_pid not in (0, main), "another daemon")
-        assert knows_what_is_merged(service)
-        assert machine.run("pgrep", "^ksmd-pager") == pager
-        machine.run("systemctl", "stop", "ksmd.service")
-        assert given_back(pair)
-        assert machine.code("pgrep", "^ksmd-") == 1
-    finally:
-        machine.run("systemctl", "unmask", "--runtime", "ksmd-pager.service")

@@ -1,0 +1,181 @@
+"""ksmd.service without ksmd-pager.service: its own pager, and its own store of descriptors.
+
+Should every process of the unit be killed at once, the guard stands, and the next ksmd takes over.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator
+
+import pytest
+from inside import PAGES, SETTINGS, Service, Target
+from machine import Machine, until
+
+pytestmark = pytest.mark.root
+
+Pair = tuple[Target, Target]
+
+
+@pytest.fixture
+def alone(service: Service) -> Iterator[Service]:
+    """ksmd.service, whose pager's unit cannot be started."""
+    machine = service.machine
+    machine.run("systemctl", "stop", "ksmd.service", "ksmd-pager.service")
+    machine.run("systemctl", "mask", "--runtime", "ksmd-pager.service")
+    yield service
+    machine.run("systemctl", "stop", "ksmd.service", check=False)
+    machine.run("systemctl", "unmask", "--runtime", "ksmd-pager.service")
+
+
+@pytest.fixture
+def own_pair(machine: Machine) -> Iterator[Pair]:
+    """Two victims that no other test has forked or changed."""
+    made = Target(machine), Target(machine)
+    yield made
+    for one in made:
+        one.end()
+
+
+def answers(pair: Pair, order: str) -> list[str]:
+    return [one.ask(order) for one in pair]
+
+
+def right(pair: Pair) -> bool:
+    return answers(pair, "check") == ["right", "right"]
+
+
+def given_back(pair: Pair) -> bool:
+    return [one.store_pages() for one in pair] == [0, 0] and right(pair)
+
+
+def processes(machine: Machine) -> list[str]:
+    """The processes of the unit: ksmd, its tracer and its pager."""
+    members = "/sys/fs/cgroup/system.slice/ksmd.service/cgroup.procs"
+    return machine.run("cat", members, check=False).split()  # without any it is gone
+
+
+def stored(service: Service) -> int:
+    return int(service.machine.show("ksmd.service", "NFileDescriptorStore"))
+
+
+def kill_all(service: Service) -> None:
+    """Kill every process of the unit at once, and see that it is so."""
+    pids = processes(service.machine)
+    names = [service.machine.run("cat", f"/proc/{pid}/comm") for pid in pids]
+    assert {"ksmd-main", "ksmd-tracer", "ksmd-pager"} <= set(names)
+    service.machine.run("kill", "-KILL", *pids)
+    for name in names:
+        until(lambda name=name: service.machine.code("pgrep", "-x", name), f"the end of {name}", 10)
+
+
+def test_when_all_are_killed_the_guard_stands_and_the_next_daemon_takes_everything_over(
+    alone: Service, own_pair: Pair
+) -> None:
+    assert alone.settle()["pages_sharing"] >= 0.9 * PAGES
+    assert all(int(pid) > 0 for pid in answers(own_pair, "fork"))  # children that share it
+    assert answers(own_pair, "child check") == ["right", "right"]
+    # two contexts for each target, one for each child of it, two files of notes, an extent at least
+    until(lambda: stored(alone) >= 2 * 2 + 2 + 2 + 1, "all in the store")
+    alone.drop_in("ksmd.service", "[Service]\nRestartSec=3s\n")
+    kill_all(alone)
+    assert processes(alone.machine) == []
+    assert all(one.store_pages() >= 0.9 * PAGES for one in own_pair)
+
+    own_pair[0].order("drop 77")
+    own_pair[1].order("child drop 78")
+    time.sleep(0.5)
+    assert processes(alone.machine) == []  # nobody is there to answer
+    assert not any(one.has_answered() for one in own_pair)
+    assert [one.answer() for one in own_pair] == ["0", "0"]  # the next pager did
+
+    until(lambda: alone.state == "active/running/success", "the next daemon")
+    assert right(own_pair)
+    assert answers(own_pair, "child check") == ["right", "right"]
+    told = alone.journal("--unit=ksmd", "--since=-60s")
+    assert re.search(r"adopted what an earlier ksmd left: \d targets, \d extents", told)
+    assert "nobody guards" not in told
+    assert "lost its pins" in told  # io_uring cannot be stored: all were given back, to merge anew
+    assert alone.settle()["pages_sharing"] >= 0.9 * PAGES
+    assert all(one.store_pages() >= 0.9 * PAGES for one in own_pair)
+    assert answers(own_pair, "write 5") == ["done", "done"]
+    assert answers(own_pair, "drop 79") == ["0", "0"]
+    assert answers(own_pair, "child write 6") == ["done", "done"]
+    assert answers(own_pair, "child drop 80") == ["0", "0"]
+    assert right(own_pair)
+    assert answers(own_pair, "child check") == ["right", "right"]
+
+
+def test_what_it_stores_goes_with_the_targets_and_is_still_there_after_a_restart(
+    alone: Service, own_pair: Pair
+) -> None:
+    machine = alone.machine
+    third = Target(machine)
+    alone.settle()
+    until(lambda: stored(alone) >= 3 * 2 + 2 + 1, "three targets in the store")
+    main, pager = alone.main_pid, machine.run("pgrep", "^ksmd-pager")
+    third.end()
+    alone.settle()  # notices it
+    before = until(lambda: 0 < stored(alone) <= 2 * 2 + 2 + 2 and stored(alone), "the third's end")
+    machine.run("systemctl", "restart", "ksmd.service")
+    assert all(one.store_pages() >= 0.9 * PAGES for one in own_pair)
+    assert answers(own_pair, "drop 77") == ["0", "0"]
+    assert right(own_pair)
+    assert alone.main_pid not in (0, main)
+    assert machine.run("pgrep", "^ksmd-pager") == pager
+    assert stored(alone) == before
+    until(lambda: alone.status()["pages_sharing"] >= 0.9 * PAGES, "what is merged in the counters")
+    alone.signal("KILL")  # the pager goes on, and nothing is taken from the store
+    assert answers(own_pair, "drop 78") == ["0", "0"]
+    until(lambda: alone.main_pid not in (0, main), "another daemon")
+    assert machine.run("pgrep", "^ksmd-pager") == pager
+    assert stored(alone) == before
+    alone.status()  # it has taken over
+
+    machine.run("systemctl", "stop", "ksmd.service")
+    assert given_back(own_pair)
+    assert machine.code("pgrep", "^ksmd-") == 1
+    assert stored(alone) == 0
+
+
+def test_with_wrong_settings_the_next_daemon_hands_all_to_a_pager_and_fails(
+    alone: Service, own_pair: Pair
+) -> None:
+    alone.settle()
+    until(lambda: stored(alone) >= 2 * 2 + 2 + 1, "all in the store")
+    alone.settings("version: 1\nrun: stop\n")  # ksmd.yaml says merge
+    kill_all(alone)
+    assert answers(own_pair, "drop 77") == ["0", "0"]  # whoever answers
+    until(lambda: alone.state == "failed/failed/exit-code", "the failure")
+    assert alone.machine.show("ksmd.service", "ExecMainStatus") == "2"
+    assert stored(alone) == 0  # a unit that has failed for good keeps nothing
+    assert all(one.store_pages() >= 0.9 * PAGES for one in own_pair)
+    assert answers(own_pair, "drop 78") == ["0", "0"]
+    assert right(own_pair)
+    assert "is guarded by the pager" in alone.journal("--unit=ksmd", "--since=-30s")
+    alone.settings(SETTINGS)
+    alone.machine.run("systemctl", "reset-failed", "ksmd.service")
+    assert alone.settle()["pages_sharing"] >= 0.9 * PAGES
+    assert answers(own_pair, "drop 79") == ["0", "0"]
+    alone.machine.run("systemctl", "stop", "ksmd.service")
+    assert given_back(own_pair)
+
+
+def test_what_does_not_fit_into_the_store_costs_no_target_a_byte(
+    alone: Service, own_pair: Pair
+) -> None:
+    # room for the notes and a context: no extent comes back
+    alone.drop_in("ksmd.service", "[Service]\nFileDescriptorStoreMax=4\n")
+    alone.settle()
+    until(lambda: stored(alone) == 4, "a full store")
+    assert "more fds than FileDescriptorStoreMax=4" in alone.journal("--unit=ksmd", "--since=-30s")
+    main = alone.main_pid
+    kill_all(alone)
+    until(lambda: alone.main_pid not in (0, main), "another daemon")
+    alone.settle()
+    assert right(own_pair)
+    assert answers(own_pair, "drop 77") == ["0", "0"]
+    assert right(own_pair)
+    alone.machine.run("systemctl", "stop", "ksmd.service")
+    assert right(own_pair)
