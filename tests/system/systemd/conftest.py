@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,7 +38,27 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
 
 @pytest.fixture
 def service(machine: Machine) -> Iterator[Service]:
-    """ksmd.service, enabled and not started; stopped, and without drop-ins, after the test."""
+    """ksmd.service, enabled and not started."""
+    machine.run("systemctl", "stop", "ksmd.service", check=False)
+    with _as_shipped(machine) as made:
+        yield made
+
+
+@pytest.fixture
+def running(machine: Machine) -> Iterator[Service]:
+    """ksmd.service, which merges nothing that it was not asked to, and has merged nothing yet.
+
+    It may be one that an earlier test has left running.
+    """
+    with _as_shipped(machine) as made:
+        machine.run("systemctl", "start", "ksmd-pager.service", "ksmd.service")
+        made.call("Unmerge", wait=True)  # it is paused from then on
+        yield made
+
+
+@contextlib.contextmanager
+def _as_shipped(machine: Machine) -> Iterator[Service]:
+    """Give the service without drop-ins; one that a test gave other settings is stopped then."""
     made = Service(machine)
     made.settings(SETTINGS)
     machine.run("systemctl", "reset-failed")
@@ -45,10 +66,10 @@ def service(machine: Machine) -> Iterator[Service]:
     yield made
     if not machine.running:
         return
-    machine.run("systemctl", "stop", "ksmd.service", check=False)
     print(made.journal("--unit=ksmd", "--unit=ksmd-pager", "--lines=80"))
-    made.tidy()
-    machine.run("systemctl", "reset-failed")
+    if made.changed:
+        machine.run("systemctl", "stop", "ksmd.service", check=False)
+        made.tidy()
 
 
 @pytest.fixture(scope="session")

@@ -76,6 +76,8 @@ class Service:
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
         self._dropped_in: set[str] = set()
+        #: Whether the test gave it other settings than SETTINGS, or a drop-in.
+        self.changed = False
 
     @property
     def main_pid(self) -> int:
@@ -134,6 +136,7 @@ class Service:
 
     def drop_in(self, unit: str, text: str) -> None:
         """Give a unit a drop-in, or take it away with ""."""
+        self.changed = True
         folder = f"/etc/systemd/system/{unit}.d"
         if text:
             self._dropped_in.add(unit)
@@ -152,6 +155,7 @@ class Service:
 
     def settings(self, text: str) -> None:
         """Put a file of settings into conf.d; "" takes it away."""
+        self.changed |= text != SETTINGS
         if text:
             (self.machine.shared / "settings").write_text(text)
             self.machine.run("cp", "/run/test/settings", "/etc/ksmd/conf.d/test.yaml")
