@@ -21,7 +21,7 @@ from ksmd.guard.stored import Stored
 log = logging.getLogger(__name__)
 
 #: How often another pager is looked for, where one is awaited.
-_LOOK_SECS = 2.0
+_LOOK_SECS = 1.0
 
 
 class Guardian:
@@ -89,7 +89,11 @@ class Guardian:
     def _died(self, pid: int) -> None:
         self._ours.discard(pid)
         if self._selector is not None and pid == self.pager.pid:
-            log.error("the pager (pid %d) died; starting another", pid)
+            if self.awaited and self.pager.standing:
+                log.info("the pager (pid %d) was stopped; one of our own takes its place", pid)
+                self.pager.standing = bool(door.standing(self._name))  # else it comes later, or not
+            else:
+                log.error("the pager (pid %d) died; starting another", pid)
             self._replace()
 
     def _replace(self) -> None:

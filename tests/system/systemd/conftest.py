@@ -28,8 +28,9 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
         booted.run("systemd-sysusers")
         booted.run("systemctl", "daemon-reload")
         booted.run("systemctl", "enable", "ksmd.service", "ksmd-exporter.service")
-        # a machine that is busy with other tests is slow to stop a target: not under test here
-        slow = "s/^  deadline_ms:.*/  deadline_ms: 1000/"
+        # a machine that is busy with other tests is slow to stop a target, and tests are impatient:
+        # not under test here
+        slow = "s/^  deadline_ms:.*/  deadline_ms: 1000/; s/^  interval_secs:.*/  interval_secs: 1/"
         booted.run("sed", "-i", slow, "/etc/ksmd/ksmd.yaml")
         yield booted
     finally:
