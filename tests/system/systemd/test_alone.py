@@ -63,11 +63,11 @@ def stored(service: Service) -> int:
 def kill_all(service: Service) -> None:
     """Kill every process of the unit at once, and see that it is so."""
     pids = processes(service.machine)
-    names = [service.machine.run("cat", f"/proc/{pid}/comm") for pid in pids]
+    names = service.machine.run("cat", *(f"/proc/{pid}/comm" for pid in pids)).split()
     assert {"ksmd-main", "ksmd-tracer", "ksmd-pager"} <= set(names)
     service.machine.run("kill", "-KILL", *pids)
-    for name in names:
-        until(lambda name=name: service.machine.code("pgrep", "-x", name), f"the end of {name}", 10)
+    gone = ("sh", "-c", " && ".join(f"! test -e /proc/{pid}" for pid in pids))
+    until(lambda: service.machine.code(*gone) == 0, f"the end of {names}")
 
 
 def test_when_all_are_killed_the_guard_stands_and_the_next_daemon_takes_everything_over(
@@ -78,14 +78,14 @@ def test_when_all_are_killed_the_guard_stands_and_the_next_daemon_takes_everythi
     assert answers(own_pair, "child check") == ["right", "right"]
     # two contexts for each target, one for each child of it, two files of notes, an extent at least
     until(lambda: stored(alone) >= 2 * 2 + 2 + 2 + 1, "all in the store")
-    alone.drop_in("ksmd.service", "[Service]\nRestartSec=3s\n")
+    alone.drop_in("ksmd.service", "[Service]\nRestartSec=2s\n")
     kill_all(alone)
     assert processes(alone.machine) == []
     assert all(one.store_pages() >= 0.9 * PAGES for one in own_pair)
 
     own_pair[0].order("drop 77")
     own_pair[1].order("child drop 78")
-    time.sleep(0.5)
+    time.sleep(0.3)
     assert processes(alone.machine) == []  # nobody is there to answer
     assert not any(one.has_answered() for one in own_pair)
     assert [one.answer() for one in own_pair] == ["0", "0"]  # the next pager did

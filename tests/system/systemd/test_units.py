@@ -132,21 +132,6 @@ def test_the_status_text_shows_the_savings(running: Service, pair: Pair) -> None
     until(shown, "the savings in the status text")
 
 
-def test_stopping_gives_every_page_back_and_leaves_the_socket_and_an_idle_pager(
-    running: Service, pair: Pair
-) -> None:
-    running.settle()
-    assert merged(pair)
-    running.machine.run("systemctl", "stop", "ksmd.service")
-    assert running.state == "inactive/dead/success"
-    assert running.machine.show("ksmd.service", "ExecMainStatus") == "0"
-    assert [one.store_pages() for one in pair] == [0, 0]
-    assert right(pair)
-    assert running.machine.run("pgrep", "^ksmd-") == str(running.pager_pid)
-    assert running.machine.show("ksmd.socket", "ActiveState") == "active"
-    assert running.status()["pages_sharing"] == 0  # and the socket starts it again
-
-
 # -- signals --------------------------------------------------------------------------------------
 
 
@@ -192,25 +177,6 @@ def test_usr1_scans_now(running: Service, pair: Pair) -> None:
 
 
 # -- accidents ------------------------------------------------------------------------------------
-
-
-def test_the_watchdog_leaves_a_daemon_that_works_alone_and_replaces_one_that_hangs(
-    service: Service, pair: Pair
-) -> None:
-    service.drop_in("ksmd.service", "[Service]\nWatchdogSec=3s\n")
-    scans = service.settle()["full_scans"]
-    before = service.main_pid
-    for _ in range(3):
-        service.settle()
-    service.machine.run("sleep", "4")  # more than the watchdog's time, idle
-    assert service.status()["full_scans"] > scans
-    assert service.main_pid == before
-    service.signal("STOP")
-    until(lambda: has_restarted(service, before), "another daemon")
-    assert "Watchdog timeout" in service.journal("--unit=ksmd")
-    assert merged(pair)
-    assert guarded(pair)
-    assert knows_what_is_merged(service)
 
 
 def test_killing_the_daemon_leaves_targets_merged_guarded_and_right(
@@ -296,6 +262,43 @@ def test_the_exporter_serves_the_counters_without_privilege_or_network(
         machine.run("systemctl", "stop", "ksmd-exporter.socket", "ksmd-exporter.service")
         running.drop_in("ksmd-exporter.socket", "")
     assert right(pair)
+
+
+# -- what needs a daemon of its own ---------------------------------------------------------------
+
+
+def test_stopping_gives_every_page_back_and_leaves_the_socket_and_an_idle_pager(
+    running: Service, pair: Pair
+) -> None:
+    running.settle()
+    assert merged(pair)
+    running.machine.run("systemctl", "stop", "ksmd.service")
+    assert running.state == "inactive/dead/success"
+    assert running.machine.show("ksmd.service", "ExecMainStatus") == "0"
+    assert [one.store_pages() for one in pair] == [0, 0]
+    assert right(pair)
+    assert running.machine.run("pgrep", "^ksmd-") == str(running.pager_pid)
+    assert running.machine.show("ksmd.socket", "ActiveState") == "active"
+    assert running.status()["pages_sharing"] == 0  # and the socket starts it again
+
+
+def test_the_watchdog_leaves_a_daemon_that_works_alone_and_replaces_one_that_hangs(
+    service: Service, pair: Pair
+) -> None:
+    service.drop_in("ksmd.service", "[Service]\nWatchdogSec=3s\n")
+    scans = service.settle()["full_scans"]
+    before = service.main_pid
+    for _ in range(3):
+        service.settle()
+    service.machine.run("sleep", "4")  # more than the watchdog's time, idle
+    assert service.status()["full_scans"] > scans
+    assert service.main_pid == before
+    service.signal("STOP")
+    until(lambda: has_restarted(service, before), "another daemon")
+    assert "Watchdog timeout" in service.journal("--unit=ksmd")
+    assert merged(pair)
+    assert guarded(pair)
+    assert knows_what_is_merged(service)
 
 
 # -- seccomp --------------------------------------------------------------------------------------
