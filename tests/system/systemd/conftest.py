@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import install_tree
 import pytest
-from inside import SETTINGS, Service, Target
+from inside import Service, Target, as_shipped
 from machine import Machine
 
 HERE = Path(__file__).parent
@@ -41,7 +40,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
 def service(machine: Machine) -> Iterator[Service]:
     """ksmd.service, enabled and not started."""
     machine.run("systemctl", "stop", "ksmd.service", check=False)
-    with _as_shipped(machine) as made:
+    with as_shipped(machine) as made:
         yield made
 
 
@@ -51,26 +50,10 @@ def running(machine: Machine) -> Iterator[Service]:
 
     It may be one that an earlier test has left running.
     """
-    with _as_shipped(machine) as made:
+    with as_shipped(machine) as made:
         machine.run("systemctl", "start", "ksmd-pager.service", "ksmd.service")
         made.call("Unmerge", wait=True)  # it is paused from then on
         yield made
-
-
-@contextlib.contextmanager
-def _as_shipped(machine: Machine) -> Iterator[Service]:
-    """Give the service without drop-ins; one that a test gave other settings is stopped then."""
-    made = Service(machine)
-    made.settings(SETTINGS)
-    machine.run("systemctl", "reset-failed")
-    machine.run("systemctl", "start", "ksmd.socket")
-    yield made
-    if not machine.running:
-        return
-    print(made.journal("--unit=ksmd", "--unit=ksmd-pager", "--lines=80"))
-    if made.changed:
-        machine.run("systemctl", "stop", "ksmd.service", check=False)
-        made.tidy()
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ import contextlib
 import json
 import select
 import subprocess
+from collections.abc import Iterator
 from typing import Any
 
 from machine import PATIENCE, Machine
@@ -76,8 +77,7 @@ class Service:
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
         self._dropped_in: set[str] = set()
-        #: Whether the test gave it other settings than SETTINGS, or a drop-in.
-        self.changed = False
+        self._settings = ""
 
     @property
     def main_pid(self) -> int:
@@ -136,7 +136,6 @@ class Service:
 
     def drop_in(self, unit: str, text: str) -> None:
         """Give a unit a drop-in, or take it away with ""."""
-        self.changed = True
         folder = f"/etc/systemd/system/{unit}.d"
         if text:
             self._dropped_in.add(unit)
@@ -147,6 +146,11 @@ class Service:
             self.machine.run("rm", "-rf", folder)
         self.machine.run("systemctl", "daemon-reload")
 
+    @property
+    def changed(self) -> bool:
+        """Whether it has a drop-in of the test, or other settings than SETTINGS."""
+        return bool(self._dropped_in) or self._settings != SETTINGS
+
     def tidy(self) -> None:
         """Take all drop-ins and settings of the test away."""
         for unit in self._dropped_in:
@@ -155,9 +159,25 @@ class Service:
 
     def settings(self, text: str) -> None:
         """Put a file of settings into conf.d; "" takes it away."""
-        self.changed |= text != SETTINGS
+        self._settings = text
         if text:
             (self.machine.shared / "settings").write_text(text)
             self.machine.run("cp", "/run/test/settings", "/etc/ksmd/conf.d/test.yaml")
         else:
             self.machine.run("rm", "-f", "/etc/ksmd/conf.d/test.yaml")
+
+
+@contextlib.contextmanager
+def as_shipped(machine: Machine) -> Iterator[Service]:
+    """Give the service without drop-ins; one that a test gave other settings is stopped then."""
+    made = Service(machine)
+    made.settings(SETTINGS)
+    machine.run("systemctl", "reset-failed")
+    machine.run("systemctl", "start", "ksmd.socket")
+    yield made
+    if not machine.running:
+        return
+    print(made.journal("--unit=ksmd", "--unit=ksmd-pager", "--lines=80"))
+    if made.changed:
+        machine.run("systemctl", "stop", "ksmd.service", check=False)
+        made.tidy()

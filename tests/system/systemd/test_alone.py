@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from inside import PAGES, SETTINGS, Service, Target
+from inside import PAGES, SETTINGS, Service, Target, as_shipped
 from machine import Machine, until
 
 pytestmark = pytest.mark.root
@@ -18,20 +18,31 @@ pytestmark = pytest.mark.root
 Pair = tuple[Target, Target]
 
 
-@pytest.fixture
-def alone(service: Service) -> Iterator[Service]:
-    """ksmd.service, whose pager's unit cannot be started."""
-    machine = service.machine
+@pytest.fixture(scope="module", autouse=True)
+def no_pager_unit(machine: Machine) -> Iterator[None]:
+    """The pager's unit cannot be started, and a restart takes long enough to look around."""
     machine.run("systemctl", "stop", "ksmd.service", "ksmd-pager.service")
+    slow = Service(machine)
+    slow.drop_in("ksmd.service", "[Service]\nRestartSec=2s\n")
     machine.run("systemctl", "mask", "--runtime", "ksmd-pager.service")
-    yield service
+    yield
     machine.run("systemctl", "stop", "ksmd.service", check=False)
     machine.run("systemctl", "unmask", "--runtime", "ksmd-pager.service")
+    slow.tidy()
+
+
+@pytest.fixture
+def alone(machine: Machine) -> Iterator[Service]:
+    """ksmd.service without it, paused, with nothing merged."""
+    with as_shipped(machine) as made:
+        machine.run("systemctl", "start", "ksmd.service")
+        made.call("Unmerge", wait=True)
+        yield made
 
 
 @pytest.fixture
 def own_pair(machine: Machine) -> Iterator[Pair]:
-    """Two victims that no other test has forked or changed."""
+    """Two victims whose children end with the test."""
     made = Target(machine), Target(machine)
     yield made
     for one in made:
@@ -78,7 +89,6 @@ def test_when_all_are_killed_the_guard_stands_and_the_next_daemon_takes_everythi
     assert answers(own_pair, "child check") == ["right", "right"]
     # two contexts for each target, one for each child of it, two files of notes, an extent at least
     until(lambda: stored(alone) >= 2 * 2 + 2 + 2 + 1, "all in the store")
-    alone.drop_in("ksmd.service", "[Service]\nRestartSec=2s\n")
     kill_all(alone)
     assert processes(alone.machine) == []
     assert all(one.store_pages() >= 0.9 * PAGES for one in own_pair)
@@ -108,7 +118,7 @@ def test_when_all_are_killed_the_guard_stands_and_the_next_daemon_takes_everythi
 
 
 def test_what_it_stores_goes_with_the_targets_and_is_still_there_after_a_restart(
-    alone: Service, own_pair: Pair
+    alone: Service, pair: Pair
 ) -> None:
     machine = alone.machine
     third = Target(machine)
@@ -119,53 +129,54 @@ def test_what_it_stores_goes_with_the_targets_and_is_still_there_after_a_restart
     alone.settle()  # notices it
     before = until(lambda: 0 < stored(alone) <= 2 * 2 + 2 + 2 and stored(alone), "the third's end")
     machine.run("systemctl", "restart", "ksmd.service")
-    assert all(one.store_pages() >= 0.9 * PAGES for one in own_pair)
-    assert answers(own_pair, "drop 77") == ["0", "0"]
-    assert right(own_pair)
+    assert all(one.store_pages() >= 0.9 * PAGES for one in pair)
+    assert answers(pair, "drop 77") == ["0", "0"]
+    assert right(pair)
     assert alone.main_pid not in (0, main)
     assert machine.run("pgrep", "^ksmd-pager") == pager
     assert stored(alone) == before
     until(lambda: alone.status()["pages_sharing"] >= 0.9 * PAGES, "what is merged in the counters")
     alone.signal("KILL")  # the pager goes on, and nothing is taken from the store
-    assert answers(own_pair, "drop 78") == ["0", "0"]
+    assert answers(pair, "drop 78") == ["0", "0"]
     until(lambda: alone.main_pid not in (0, main), "another daemon")
     assert machine.run("pgrep", "^ksmd-pager") == pager
     assert stored(alone) == before
     alone.status()  # it has taken over
 
     machine.run("systemctl", "stop", "ksmd.service")
-    assert given_back(own_pair)
+    assert given_back(pair)
     assert machine.code("pgrep", "^ksmd-") == 1
     assert stored(alone) == 0
 
 
 def test_with_wrong_settings_the_next_daemon_hands_all_to_a_pager_and_fails(
-    alone: Service, own_pair: Pair
+    alone: Service, pair: Pair
 ) -> None:
     alone.settle()
     until(lambda: stored(alone) >= 2 * 2 + 2 + 1, "all in the store")
     alone.settings("version: 1\nrun: stop\n")  # ksmd.yaml says merge
     kill_all(alone)
-    assert answers(own_pair, "drop 77") == ["0", "0"]  # whoever answers
+    assert answers(pair, "drop 77") == ["0", "0"]  # whoever answers
     until(lambda: alone.state == "failed/failed/exit-code", "the failure")
     assert alone.machine.show("ksmd.service", "ExecMainStatus") == "2"
     assert stored(alone) == 0  # a unit that has failed for good keeps nothing
-    assert all(one.store_pages() >= 0.9 * PAGES for one in own_pair)
-    assert answers(own_pair, "drop 78") == ["0", "0"]
-    assert right(own_pair)
+    assert all(one.store_pages() >= 0.9 * PAGES for one in pair)
+    assert answers(pair, "drop 78") == ["0", "0"]
+    assert right(pair)
     assert "is guarded by the pager" in alone.journal("--unit=ksmd", "--since=-30s")
     alone.settings(SETTINGS)
     alone.machine.run("systemctl", "reset-failed", "ksmd.service")
     assert alone.settle()["pages_sharing"] >= 0.9 * PAGES
-    assert answers(own_pair, "drop 79") == ["0", "0"]
+    assert answers(pair, "drop 79") == ["0", "0"]
     alone.machine.run("systemctl", "stop", "ksmd.service")
-    assert given_back(own_pair)
+    assert given_back(pair)
 
 
 def test_what_does_not_fit_into_the_store_costs_no_target_a_byte(
-    alone: Service, own_pair: Pair
+    alone: Service, pair: Pair
 ) -> None:
-    # room for the notes and a context: no extent comes back
+    # room for the notes and a context: no extent comes back; what is stored already would stay
+    alone.machine.run("systemctl", "stop", "ksmd.service")
     alone.drop_in("ksmd.service", "[Service]\nFileDescriptorStoreMax=4\n")
     alone.settle()
     until(lambda: stored(alone) == 4, "a full store")
@@ -174,8 +185,8 @@ def test_what_does_not_fit_into_the_store_costs_no_target_a_byte(
     kill_all(alone)
     until(lambda: alone.main_pid not in (0, main), "another daemon")
     alone.settle()
-    assert right(own_pair)
-    assert answers(own_pair, "drop 77") == ["0", "0"]
-    assert right(own_pair)
+    assert right(pair)
+    assert answers(pair, "drop 77") == ["0", "0"]
+    assert right(pair)
     alone.machine.run("systemctl", "stop", "ksmd.service")
-    assert right(own_pair)
+    assert right(pair)

@@ -162,6 +162,8 @@ def test_reload_of_a_wrong_file_keeps_the_old_settings_and_says_why(
     assert running.status()["run"] == "merge"
     assert merged(pair)
     assert running.state == "active/running/success"
+    running.settings(SETTINGS)
+    running.machine.run("systemctl", "reload", "ksmd.service")
 
 
 def test_usr1_scans_now(running: Service, pair: Pair) -> None:
