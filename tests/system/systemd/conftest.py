@@ -25,6 +25,10 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
     try:
         shutil.copy(HERE / "victim.py", booted.shared)
         booted.run("systemd-sysusers")
+        # every accident would wait for a second
+        (booted.shared / "soon").write_text("[Service]\nRestartSec=100ms\n")
+        folder = "/run/systemd/system/ksmd.service.d"
+        booted.run("install", "-D", "-m644", "/run/test/soon", f"{folder}/soon.conf")
         booted.run("systemctl", "daemon-reload")
         booted.run("systemctl", "enable", "ksmd.service", "ksmd-exporter.service")
         # a machine that is busy with other tests is slow to stop a target, and tests are impatient:

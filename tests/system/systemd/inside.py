@@ -6,6 +6,7 @@ import contextlib
 import json
 import select
 import subprocess
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -78,6 +79,7 @@ class Service:
         self.machine = machine
         self._dropped_in: set[str] = set()
         self._settings = ""
+        self._since = f"@{time.time():.6f}"
 
     @property
     def main_pid(self) -> int:
@@ -129,10 +131,9 @@ class Service:
         return named[comm]
 
     def journal(self, *arguments: object) -> str:
-        """Give the messages of the unit's journal that *arguments* select."""
-        return self.machine.run(
-            "journalctl", "--no-pager", "--quiet", "--output=cat", *arguments, check=False
-        )
+        """Give the messages of the journal since this was made that *arguments* select."""
+        since = ("--no-pager", "--quiet", "--output=cat", f"--since={self._since}")
+        return self.machine.run("journalctl", *since, *arguments, check=False)
 
     def drop_in(self, unit: str, text: str) -> None:
         """Give a unit a drop-in, or take it away with ""."""
@@ -143,6 +144,7 @@ class Service:
             self.machine.run("mkdir", "-p", folder)
             self.machine.run("cp", "/run/test/drop-in", f"{folder}/test.conf")
         else:
+            self._dropped_in.discard(unit)
             self.machine.run("rm", "-rf", folder)
         self.machine.run("systemctl", "daemon-reload")
 
@@ -153,7 +155,7 @@ class Service:
 
     def tidy(self) -> None:
         """Take all drop-ins and settings of the test away."""
-        for unit in self._dropped_in:
+        for unit in list(self._dropped_in):
             self.drop_in(unit, "")
         self.settings("")
 

@@ -292,7 +292,7 @@ def test_the_watchdog_leaves_a_daemon_that_works_alone_and_replaces_one_that_han
     before = service.main_pid
     for _ in range(3):
         service.settle()
-    service.machine.run("sleep", "4")  # more than the watchdog's time, idle
+    service.machine.run("sleep", "3.3")  # more than the watchdog's time, idle
     assert service.status()["full_scans"] > scans
     assert service.main_pid == before
     service.signal("STOP")
