@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from ksmd.daemon import journal
-from ksmd.daemon.notify import Manager
+from ksmd.daemon.notify import Manager, collect_signals
 
 HELP = "run the daemon in the foreground, logs on stderr"
 
@@ -29,9 +29,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Start logging, then the daemon; returns when it has stopped."""
+    # a daemon that is told to stop while it starts must not leave merged what it is to adopt
+    early = collect_signals()
     journal.configure(verbose=args.verbose, stream=sys.stderr, environ=os.environ)
     manager = Manager.take(os.environ)
     # `ksmd --version` and `ksmd demo` need none of it
     from ksmd.daemon import main  # noqa: PLC0415
 
-    return main.run(args.config, args.socket, manager)
+    return main.run(args.config, args.socket, manager, early)

@@ -27,6 +27,8 @@ from ksmd.daemon.bequest import STEP_PAGES, ExtentLabel, TargetLabel
 from ksmd.daemon.journal import fields
 from ksmd.daemon.pipeline import Pipeline
 from ksmd.daemon.state import Target
+from ksmd.daemon.targets import STORE_PATH
+from ksmd.daemon.unguarded import is_extent
 from ksmd.guard import door
 from ksmd.guard.client import Pager, PagerGoneError, PagerRefusedError
 from ksmd.guard.held import KeptExtent
@@ -34,6 +36,7 @@ from ksmd.kernel import memfd, procfs, userfaultfd
 from ksmd.kernel.iouring import PinRing
 from ksmd.model.errors import KsmdError, TargetGoneError
 from ksmd.model.units import PAGE_SHIFT
+from ksmd.model.vma import Vma
 from ksmd.remap.engine import TargetContexts
 from ksmd.remap.store import Extent
 
@@ -187,9 +190,19 @@ class Adoption:
         if not procfs.is_same(label.process):
             raise KsmdError("its process is gone, and another one holds its memory")
         process = procfs.process_info(label.pid)
-        if any(vma.inode in self._left for vma in procfs.maps(label.pid)):
+        vmas = procfs.maps(label.pid)
+        if any(vma.inode in self._left for vma in vmas):
             raise KsmdError("it maps an extent that could not be adopted")
+        if self._pager.recalled and any(self._is_lost(label.pid, vma) for vma in vmas):
+            raise KsmdError(
+                "it maps an extent for which the service manager had no room",
+                "raise FileDescriptorStoreMax= of ksmd.service",
+            )
         return Selected(process, label.name, label.domain, (), label.accept_seccomp_risk)
+
+    def _is_lost(self, pid: int, vma: Vma) -> bool:
+        known = self._targets.extents_by_inode()
+        return vma.path.startswith(STORE_PATH) and vma.inode not in known and is_extent(pid, vma)
 
     def _choose(self) -> None:
         """Find what the settings say of each target now, and who is to be unmerged."""

@@ -61,9 +61,9 @@ def run(name: str) -> int:
 
 
 def _ask(name: str) -> int:
-    log.info("the ksmd at %s is asked to unmerge; it scans no more until `ksmctl resume`", name)
+    log.info("the ksmd at %s is asked to unmerge; it goes on when a pager stands by again", name)
     with Client(name, timeout=None) as daemon:
-        refused = daemon.call("Unmerge", wait=True).get("refused")
+        refused = daemon.call("Unmerge", wait=True, until_pager=True).get("refused")
     for one in refused or ():
         log.error("not given back: %s (%s)", one["sentence"], one["detail"])
     return int(Exit.FAILED if refused else Exit.OK)

@@ -72,6 +72,15 @@ def inherited(descriptors: Iterable[Inherited]) -> socket.socket | None:
     return inherit(fds[0]) if fds else None
 
 
+def inherited_path(descriptors: Iterable[Inherited]) -> Path | None:
+    """Give the path of that socket, and leave it where it is."""
+    for given in descriptors:
+        if given.name == CONTROL_NAME:
+            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(given.fd)) as end:
+                return Path(end.getsockname())
+    return None
+
+
 def inherit(fd: int) -> socket.socket:
     """Take over a listening socket that the service manager made, non-blocking.
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+from ksmd.daemon import listening
 from ksmd.daemon.notify import Manager
 from ksmd.daemon.service import Service
+from ksmd.guard.client import Pager
 from ksmd.kernel import libc, rlimits
 from ksmd.kernel.rivals import MAIN_COMM
 from ksmd.model.errors import KsmdError
@@ -16,21 +19,45 @@ from ksmd.settings import Loaded, defaults, read
 log = logging.getLogger(__name__)
 
 
-def run(config: Path | None, socket: Path | None, manager: Manager | None = None) -> int:
+def run(
+    config: Path | None,
+    socket: Path | None,
+    manager: Manager | None = None,
+    early: Sequence[int] = (),
+) -> int:
     """Run in the foreground until a signal says stop; the exit code.
+
+    *early*: signals that came before we could heed them; it may grow.
 
     Raises KsmdError for everything that keeps the daemon from starting: wrong settings, a missing
     privilege, a kernel that lacks a needed feature, a socket that another daemon answers.
     """
     libc.set_name(MAIN_COMM)  # the kernel's own thread is called ksmd
     rlimits.raise_open_files()
-    loaded = read(config) if config is not None else Loaded(defaults(), (), {})
-    service = Service(loaded, config, socket or loaded.settings.socket, manager)
+    manager = manager or Manager()
+    name = listening.inherited_path(manager.inherited) or socket or defaults().socket
     try:
-        return service.run()
+        loaded = read(config) if config is not None else Loaded(defaults(), (), {})
+        service = Service(loaded, config, socket or loaded.settings.socket, manager)
+    except BaseException:
+        if manager.kept:
+            _leave_guarded(manager, str(name.absolute()))
+        raise
+    try:
+        return service.run(early)
     except KsmdError as error:
         log.error("%s", error)
         return int(error.exit_code)
+
+
+def _leave_guarded(manager: Manager, name: str) -> None:
+    """Give what the service manager kept to a pager: it closes all when we fail for good."""
+    try:
+        guarded = Pager(name)
+        if guarded.recall(manager.stored()):
+            log.warning("what an earlier ksmd merged is guarded by the pager %d", guarded.pid)
+    except (KsmdError, OSError) as error:
+        log.critical("what an earlier ksmd merged is not guarded any more: %s", error)
 
 
 if __name__ == "__main__":

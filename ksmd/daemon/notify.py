@@ -1,4 +1,4 @@
-"""Talk to the service manager: sd_notify(3), the watchdog, inherited sockets.
+"""Talk to the service manager: sd_notify(3), the watchdog, inherited sockets, and what it stores.
 
 One class that does nothing where no manager listens, so that callers
 never ask. What the manager said in the environment is taken out of it: the pager and the tracer
@@ -11,11 +11,14 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import subprocess
 import time
 from collections.abc import Callable, MutableMapping
 from pathlib import Path
 
+from ksmd.daemon.listening import CONTROL_NAME
+from ksmd.guard.stored import Stored
 from ksmd.kernel import sdnotify
 from ksmd.kernel.sdnotify import Inherited
 
@@ -23,15 +26,17 @@ log = logging.getLogger(__name__)
 
 _SEND_SECONDS = 1.0
 _ASK_SECONDS = 3.0
+#: What the daemon heeds.
+SIGNALS = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 _VARIABLES = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "STATE_DIRECTORY")
 
 
 class Manager:
     """The service manager of this process.
 
-    ``inherited``: the sockets of our socket units. ``watchdog_secs``: the time within which it
-    wants a sign of life, 0 for none. ``state_directory``: what it
-    keeps for the next of us.
+    ``inherited``: the sockets of our socket units, and what it kept of the daemon before us, see
+    :meth:`stored`. ``watchdog_secs``: the time within which it wants a sign of life, 0 for none.
+    ``state_directory``: what it keeps for the next of us.
     """
 
     def __init__(
@@ -43,6 +48,7 @@ class Manager:
         state_directory: Path | None = None,
     ) -> None:
         self.inherited = inherited
+        self._kept = tuple(one for one in inherited if one.name != CONTROL_NAME)
         self.state_directory = state_directory
         self.watchdog_secs = watchdog_secs
         self._address = address
@@ -67,6 +73,19 @@ class Manager:
     def present(self) -> bool:
         """Whether somebody listens."""
         return bool(self._address)
+
+    def stored(self) -> Stored:
+        """Give what it kept of the daemon before us, and will keep for the next. Call it once.
+
+        Whoever calls it a second time finds nothing left.
+        """
+        kept, self._kept = self._kept, ()
+        return Stored(self._address, kept, log.warning)
+
+    @property
+    def kept(self) -> bool:
+        """Whether it kept something that nobody asked for yet."""
+        return bool(self._kept)
 
     def ready(self) -> None:
         """Say that we serve: at the start, and after :meth:`reloading`."""
@@ -128,6 +147,14 @@ class Manager:
             sdnotify.send(self._address, text, seconds=_SEND_SECONDS)
         except OSError as error:
             log.warning("the service manager was not told %r: %s", text.partition("=")[0], error)
+
+
+def collect_signals() -> list[int]:
+    """Collect the daemon's signals from now on, until its loop catches them."""
+    collected: list[int] = []
+    for number in SIGNALS:
+        signal.signal(number, lambda number, _: collected.append(number))
+    return collected
 
 
 def _number(text: str) -> int:

@@ -6,20 +6,21 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from ksmd.daemon import listening, report
+from ksmd.daemon import listening, notify, report
 from ksmd.daemon.access import denied
-from ksmd.daemon.adopt import Adoption, find_pager
+from ksmd.daemon.adopt import Adoption
 from ksmd.daemon.connection import Call, CallError
 from ksmd.daemon.continuity import LedgerFile
 from ksmd.daemon.control import ControlServer
-from ksmd.daemon.loop import Job, Loop, watch_pid
+from ksmd.daemon.guardian import Guardian
+from ksmd.daemon.loop import Job, Loop
 from ksmd.daemon.notify import Manager
 from ksmd.daemon.pace import Pace
 from ksmd.daemon.pipeline import AskedResult, Pipeline
@@ -29,7 +30,6 @@ from ksmd.daemon.tuning import ThreadInfo, Tuning
 from ksmd.daemon.unguarded import Rescue
 from ksmd.daemon.unmerger import UnmergeResult
 from ksmd.guard import selftest
-from ksmd.guard.client import Pager
 from ksmd.kernel import capabilities, procfs
 from ksmd.kernel.features import probe
 from ksmd.kernel.iouring import PinRing
@@ -43,7 +43,6 @@ log = logging.getLogger(__name__)
 
 #: What the service manager is asked for, again and again while targets get their memory back.
 _LEAVING_SECS = 60.0
-_SIGNALS = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 
 
 class Service:
@@ -74,13 +73,13 @@ class Service:
         try:
             self.features = require_features()
             name = str(self.server.path.absolute())
-            adopted = find_pager(name)
-            self._pager = adopted or Pager(name)
+            self._guardian = Guardian(name, self.manager.stored())
             self._engine = Engine()
             self._start_helpers()
         except BaseException:
             self.server.close()
             raise
+        self._pager = self._guardian.pager
         pages = psutil.virtual_memory().available // 4096
         ring = PinRing()
         targets = Targets(settings, settings.resolved_tables(pages), ring, self._pager)
@@ -101,8 +100,8 @@ class Service:
         )
         self.programs = Programs(self.pipeline, self.loop.turns, self.loop.selector)
         self.loop.serve(self.server)
-        self._watch_pager()
-        if adopted is not None:
+        self._guardian.watch(self.loop.selector, targets.ours, self._pager_replaced)
+        if self._guardian.adopted:
             adoption = Adoption(self.pipeline, self._pager, ring)
             adoption.restore()
             self._do("adopt", adoption.steps())
@@ -116,17 +115,21 @@ class Service:
         self._do("rescue", Rescue(self.pipeline.targets, self._engine).steps())
 
     def _start_helpers(self) -> None:
-        if not self._pager.alive():
-            self._pager.start()
-        for failed in self._pager.failed:
-            log.warning("the pager %s", failed)
+        self._guardian.start()
+        if self.manager.present:
+            self._guardian.say_if_misnamed()
         self._engine.start()
 
     # -- life -------------------------------------------------------------------------------
 
-    def run(self) -> int:
-        """Serve until told to stop; then unmerge, if the settings say so."""
-        self.loop.catch_signals(_SIGNALS)
+    def run(self, early: Sequence[int] = ()) -> int:
+        """Serve until told to stop; then unmerge, if the settings say so.
+
+        *early*: signals that came before, to be heeded now.
+        """
+        self.loop.catch_signals(notify.SIGNALS)
+        for number in early:
+            self._on_signal(number)
         log.info("ready on %s", self.server.path)
         self.manager.ready()
         self.loop.run()
@@ -136,7 +139,7 @@ class Service:
         finally:
             self.server.close()
             self._engine.close()
-            self._pager.close()
+            self._guardian.close()
             self.loop.close()
             self._counters.save()
 
@@ -171,18 +174,12 @@ class Service:
     def _settings(self) -> Settings:
         return self.pipeline.targets.settings
 
-    def _watch_pager(self) -> None:
-        watch_pid(self.loop.selector, self._pager.pid, self._pager_died)
-
-    def _pager_died(self) -> None:
-        if self._leaving:
-            return
-        log.error("the pager (pid %d) died; starting another", self._pager.pid)
-        self.pipeline.targets.ours.discard(self._pager.pid)
-        self._pager.restart()
-        self.pipeline.targets.ours.add(self._pager.pid)
-        self._watch_pager()
+    def _pager_replaced(self) -> None:
         self._rescue()  # a child of whom it had not told us yet
+        if self._guardian.awaited and self._pager.standing:
+            log.info("the pager %d stands by: scanning goes on", self._pager.pid)
+            self._paused = self._guardian.awaited = False
+            self.loop.hurry()
 
     def _may_scan(self) -> bool:
         something = self._settings.targets or len(self.programs.registry)
@@ -203,6 +200,7 @@ class Service:
 
     def _housekeep(self) -> None:
         self._pager.pump()
+        self._guardian.look()
         self._counters.keep()
         if self.pipeline.accounting.owes_memory and not (self.loop.busy or self._may_scan()):
             # no pass comes to try it again
@@ -278,9 +276,9 @@ class Service:
             case "Scan" if parameters.get("scan") is None:
                 return self._scan_all(parameters, call)
             case "Unmerge":
-                return self._unmerge(parameters.get("pid"), call, bool(parameters.get("wait")))
+                return self._unmerge_asked(call, **parameters)
             case "Pause":
-                self._paused = True
+                self._paused, self._guardian.awaited = True, False
                 return {}
             case "Resume":
                 self._tuning.resume()
@@ -347,6 +345,19 @@ class Service:
         steps = self.pipeline.asked_scan(until_settled)
         self.loop.add(Job("scan", steps, interim, done, _fail(call)))
 
+    def _unmerge_asked(
+        self,
+        call: Call,
+        pid: int | None = None,
+        wait: bool | None = None,
+        until_pager: bool | None = None,
+    ) -> dict[str, Any] | None:
+        awaited = bool(until_pager) and (self._guardian.awaited or not self._paused)
+        answer = self._unmerge(pid, call, bool(wait))
+        if pid is None:
+            self._guardian.awaited = awaited
+        return answer
+
     def _unmerge(
         self, pid: int | None, call: Call | None, wait: bool = False
     ) -> dict[str, Any] | None:
@@ -385,7 +396,7 @@ class Service:
 
     def _resume(self) -> None:
         """Scan on; targets that were unmerged by request may be merged again."""
-        self._paused = False
+        self._paused = self._guardian.awaited = False
         for target in self.pipeline.targets:
             if target.refused is Reason.RELEASED:
                 target.refused = None

@@ -181,12 +181,12 @@ def look(pid: int) -> Unguarded | None:
         if vma.path.startswith(STORE_PATH)
         and vma.perms[3] == "p"
         and not vma.flags & _GUARDED
-        and _is_extent(pid, vma)
+        and is_extent(pid, vma)
     )
     return Unguarded(process, vmas) if vmas else None
 
 
-def _is_extent(pid: int, vma: Vma) -> bool:
+def is_extent(pid: int, vma: Vma) -> bool:
     """Tell a store of ksmd from a file that somebody gave the same name."""
     try:
         found = Path(f"/proc/{pid}/map_files/{vma.start:x}-{vma.end:x}").stat()

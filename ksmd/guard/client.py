@@ -1,6 +1,7 @@
 """The daemon's side of the pager: starts it, tells it what is merged, and survives its death.
 
-Every context is held twice, by the pager and here (children's contexts too: the pager sends them).
+Every context is held twice, by the pager and here (children's contexts too: the pager sends them;
+see holdings.py).
 While at least one of the two lives, no target sees store content where it dropped memory; while the
 pager is dead, targets that touch dropped memory wait. So its end must be noticed (:meth:`fileno`
 becomes readable, :meth:`pump` says False) and :meth:`restart` called at once.
@@ -13,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import select
 import signal
 import socket
@@ -25,7 +25,9 @@ from typing import Any
 from ksmd import __version__
 from ksmd.guard import door
 from ksmd.guard.held import Held, KeptExtent, duplicate
+from ksmd.guard.holdings import Holdings
 from ksmd.guard.intervals import Intervals
+from ksmd.guard.stored import Stored
 from ksmd.kernel import channel, libc
 from ksmd.model.errors import KsmdError
 
@@ -60,26 +62,24 @@ class Pager:
     ``failed`` lists what the pager could not do to protect itself, as sentences. ``name`` is what
     a later daemon finds the process by (see door.py); nobody finds one without a name.
 
-    ``standing`` tells that the pager stands by itself, and so outlives us whatever it holds.
+    ``standing`` tells that the pager stands by itself, and so outlives us whatever it holds;
+    ``recalled`` that :meth:`recall` found something.
 
-    After :meth:`adopt`: ``highest`` is the highest id ever used; ``kept`` are the extents and
-    ``rings`` the pin rings of the daemon before us, whose descriptors are the caller's from then
-    on; ``key`` is the key of the digests that daemon left with the extents.
+    After :meth:`adopt` and :meth:`recall`: ``highest`` is the highest id ever used; ``kept`` are
+    the extents and ``rings`` the pin rings of the daemon before us, whose descriptors are the
+    caller's from then on; ``key`` is the key of the digests that daemon left with the extents.
     """
 
     def __init__(self, name: str = "") -> None:
         self.name = name
         self.pid = 0
         self.failed: list[str] = []
-        self.highest = 0
         self.standing = False
-        self.key = secrets.token_bytes(32)
+        self.recalled = False
         self._end: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._pidfd = -1
-        self._held: dict[int, Held] = {}
-        self._children: dict[int, tuple[int, int]] = {}  # key -> id, fd
-        self._kept: dict[int, KeptExtent] = {}
+        self._holds = Holdings()
         self._rings: dict[int, int] = {}
 
     # life
@@ -103,7 +103,7 @@ class Pager:
 
     def _tell_key(self) -> None:
         # a child that forks before we have told all others must not get the number of one of them
-        known = max(self._children, default=0)
+        known = max(self._holds.children, default=0)
         self._ask({"do": "secret", "key": self.key.hex(), "children": known})
 
     @classmethod
@@ -125,9 +125,9 @@ class Pager:
         except BaseException:
             pager.leave()
             raise
-        pager.highest = int(answer["highest"])
+        pager._holds.highest = int(answer["highest"])
         pager.standing = bool(answer["standing"])
-        pager.key = bytes.fromhex(answer["secret"]) or pager.key
+        pager._holds.set_key(bytes.fromhex(answer["secret"]) or pager.key)
         pager._tell_key()
         if answer["version"] != __version__:
             pager.restart()
@@ -138,12 +138,29 @@ class Pager:
         while time.monotonic() < deadline:
             held = self.stats()
             if (held["contexts"], held["children"], held["extents"]) == (
-                len(self._held),
-                len(self._children),
-                len(self._kept),
+                len(self._holds.targets),
+                len(self._holds.children),
+                len(self._holds.extents),
             ):
                 return
         raise PagerGoneError("it does not tell all that it holds")
+
+    def recall(self, manager: Stored) -> bool:
+        """Take back what *manager* kept and no pager holds; tell whether there was anything.
+
+        From now on it keeps what we hold while the pager does not stand by itself.
+        """
+        found = self._holds.recall(manager)
+        self.recalled = bool(found.targets or found.children or found.extents)
+        if self._end is not None:
+            self._tell_all(found)
+            self._holds.store(not self.standing)
+        elif self.recalled:
+            self._holds.set_key(found.key)
+            self.restart()
+        else:
+            self._holds.store(True)
+        return self.recalled
 
     def restart(self) -> None:
         """Replace a pager that is dead or hangs; targets that waited go on."""
@@ -159,11 +176,15 @@ class Pager:
                 return
         if self._rings:
             self._tell_rings()
-        for extent in self._kept.values():
+        self._tell_all(self._holds)
+        self._holds.store(not self.standing)
+
+    def _tell_all(self, told: Holdings) -> None:
+        for extent in told.extents.values():
             self._keep(extent)
-        for target, held in self._held.items():
+        for target, held in told.targets.items():
             self._tell(target, held)
-        for key, (target, fd) in list(self._children.items()):
+        for key, (target, fd) in list(told.children.items()):
             # a child of an unfinished stop window would be owed pages; fork has copied them
             self._ask({"do": "guard", "id": target, "child": key}, fd)
 
@@ -185,16 +206,17 @@ class Pager:
 
     def _take_over(self) -> None:
         """Learn what the service manager alone still held (children), and have all let go there."""
-        targets, extents = set(self._held), set(self._kept)
+        targets, extents = set(self._holds.targets), set(self._holds.extents)
         self._ask({"do": "claim"})
         deadline = time.monotonic() + DEADLINE
         while self.stats()["untold"] and time.monotonic() < deadline:
             pass
         self._ask({"do": "clear"})
-        for target in set(self._held) - targets:  # dropped while there was no pager
-            self._held.pop(target).close()
-        for inode in set(self._kept) - extents:
-            os.close(self._kept.pop(inode).fd)
+        for target in set(self._holds.targets) - targets:  # dropped while there was no pager
+            self._holds.drop_target(target)
+        for inode in set(self._holds.extents) - extents:
+            if (extent := self._holds.drop_extent(inode)) is not None:
+                os.close(extent.fd)
         self._tell_key()
 
     def kill(self) -> None:
@@ -224,25 +246,21 @@ class Pager:
         if force:
             self.kill()
             left = True
+        if left:
+            self._holds.store(False)
         self._let_go()
         return left
 
     def leave(self) -> None:
         """Leave an adopted pager to itself, and to the next daemon, with all that it holds."""
-        for extent in self._kept.values():
-            os.close(extent.fd)
+        self._holds.close_extents()
         for fd in self._rings.values():
             os.close(fd)
         self._let_go()
 
     def _let_go(self) -> None:
         self._detach()
-        for held in self._held.values():
-            held.close()
-        for _, fd in self._children.values():
-            os.close(fd)
-        self._held.clear()
-        self._children.clear()
+        self._holds.let_go()
 
     def alive(self) -> bool:
         """Tell whether the process runs."""
@@ -256,6 +274,7 @@ class Pager:
 
     def pump(self) -> bool:
         """Take news without waiting; False when the pager is gone."""
+        self._holds.flush()
         return self._collect_news() and self.alive()
 
     # contexts
@@ -263,12 +282,22 @@ class Pager:
     @property
     def ids(self) -> list[int]:
         """The targets whose own context is held."""
-        return list(self._held)
+        return list(self._holds.targets)
+
+    @property
+    def highest(self) -> int:
+        """The highest id ever used."""
+        return self._holds.highest
+
+    @property
+    def key(self) -> bytes:
+        """The key of the extents' digests."""
+        return self._holds.key
 
     @property
     def kept(self) -> list[KeptExtent]:
         """The extents that are held."""
-        return list(self._kept.values())
+        return list(self._holds.extents.values())
 
     @property
     def rings(self) -> dict[int, int]:
@@ -289,41 +318,41 @@ class Pager:
         The descriptors stay the caller's; we keep duplicates. *about* (what JSON can hold) is kept
         for a later daemon.
         """
-        if target in self._held:
+        if target in self._holds.targets:
             raise ValueError(f"{target} is guarded already")
         held = Held(duplicate(fd), Intervals(ranges), about=about or {})
         held.track = duplicate(track) if track >= 0 else -1
-        self._held[target] = held
+        self._holds.add_target(target, held)
         try:
             self._tell(target, held)
         except PagerRefusedError:
-            self._held.pop(target).close()
+            self._holds.drop_target(target)
             raise
 
     def about(self, target: int) -> dict[str, Any]:
         """Give what was said of a target when it was guarded."""
-        return dict(self._held[target].about)
+        return dict(self._holds.targets[target].about)
 
     def contexts(self, target: int) -> tuple[int, int]:
         """Give duplicates of a target's guard and tracking context (-1: none); the caller's."""
-        held = self._held[target]
+        held = self._holds.targets[target]
         return duplicate(held.fd), duplicate(held.track) if held.track >= 0 else -1
 
     @property
     def unsettled(self) -> list[int]:
         """Targets with a window that was announced, and neither confirmed nor taken back."""
-        return [target for target, held in self._held.items() if held.owed or held.unmerging]
+        held = self._holds.targets.items()
+        return [target for target, one in held if one.owed or one.unmerging]
 
     def extend(self, target: int, ranges: Ranges) -> None:
         """Announce ranges before the stop window that merges them."""
         ranges = list(ranges)
-        for start, end in ranges:
-            self._held[target].owed.add(start, end)
+        self._holds.announce(target, ranges)
         self._send_ranges("extend", target, ranges)
 
     def begin_unmerge(self, target: int) -> None:
         """Note that a window gives pages back. The pager serves on as before."""
-        self._held[target].unmerging = True
+        self._holds.targets[target].unmerging = True
 
     def settle(self, target: int, ranges: Ranges) -> None:
         """Confirm ranges after the stop window: populated, and each VMA had its CONTINUE.
@@ -332,20 +361,23 @@ class Pager:
         is filled from the store, which cannot see drops without an event (MADV_GUARD_INSTALL), nor
         drops that another pager saw.
         """
-        self._forget("settle", target, ranges)
+        ranges = list(ranges)
+        self._holds.settle(target, ranges)
+        self._send_ranges("settle", target, ranges)
 
     def settle_all(self, target: int) -> None:
         """Settle whatever is announced: nothing is under way in the target any more.
 
         What of it was not merged after all needs no record either.
         """
-        if target in self._held:
-            self._held[target].unmerging = False
-            self._forget("settle", target, list(self._held[target].owed))
+        held = self._holds.targets.get(target)
+        if held is not None:
+            held.unmerging = False
+            self.settle(target, held.owed)
 
     def keep(self, extent: KeptExtent) -> None:
         """Have the pager hold an extent in place, so that our death does not move it."""
-        self._kept[extent.inode] = extent
+        self._holds.add_extent(extent)
         self._keep(extent)
 
     def _keep(self, extent: KeptExtent) -> None:
@@ -358,7 +390,7 @@ class Pager:
 
     def release(self, inode: int) -> None:
         """Let the pager's hold on an extent go: nobody maps it any more."""
-        self._kept.pop(inode, None)
+        self._holds.drop_extent(inode)
         self._ask({"do": "release", "inode": inode})
 
     def hold_rings(self, rings: dict[int, int]) -> None:
@@ -375,9 +407,7 @@ class Pager:
 
     def drop(self, target: int) -> None:
         """Let go of a target that is gone or has nothing merged. Unknown ids are no error."""
-        held = self._held.pop(target, None)
-        if held is not None:
-            held.close()
+        self._holds.drop_target(target)
         self._ask({"do": "drop", "id": target})
 
     def living_children(self) -> int:
@@ -415,12 +445,6 @@ class Pager:
         self._ask(header, *held.fds)
         self._send_ranges("extend", target, rest)
 
-    def _forget(self, verb: str, target: int, ranges: Ranges) -> None:
-        ranges = list(ranges)
-        for start, end in ranges:
-            self._held[target].owed.remove(start, end)
-        self._send_ranges(verb, target, ranges)
-
     def _send_ranges(self, verb: str, target: int, ranges: list[tuple[int, int]]) -> None:
         for index in range(0, len(ranges), CHUNK):
             self._ask({"do": verb, "id": target, "ranges": ranges[index : index + CHUNK]})
@@ -456,37 +480,8 @@ class Pager:
             raise PagerGoneError("it closed its channel") from error
         except TimeoutError as error:
             raise PagerGoneError(f"no answer in {DEADLINE:g} s") from error
-        if header.get("event") == "context":
-            self._hold(header, fds)
-        elif header.get("event") == "extent":
-            place = {name: header[name] for name in ("inode", "offset", "length", "about")}
-            if header["inode"] in self._kept:  # as in _hold
-                os.close(fds[0])
-            else:
-                self._kept[header["inode"]] = KeptExtent(fd=fds[0], **place)
-        elif header.get("event") == "gone":
-            for key in header["keys"]:
-                self._release(key)
+        self._holds.take(header, fds)
         return header
-
-    def _hold(self, header: dict[str, Any], fds: list[int]) -> None:
-        target, key = int(header["id"]), int(header["key"])
-        fd, *rest = fds
-        if key:
-            self._release(key)
-            self._children[key] = target, fd
-            return
-        ranges = [(start, end) for start, end in header["ranges"]]
-        held = Held(fd, Intervals(ranges), rest[0] if rest else -1, header["about"])
-        if target in self._held:  # an owner that claims what it has, and knows it better
-            held.close()
-        else:
-            self._held[target] = held
-
-    def _release(self, key: int) -> None:
-        child = self._children.pop(key, None)
-        if child is not None:
-            os.close(child[1])
 
     def _collect_news(self) -> bool:
         if self._end is None:

@@ -56,7 +56,8 @@ from typing import Any
 from ksmd import __version__
 from ksmd.guard import door, settle
 from ksmd.guard.keeper import Keeper
-from ksmd.guard.stored import Header, Stored
+from ksmd.guard.notes import Header, summary
+from ksmd.guard.stored import Stored
 from ksmd.guard.watch import Ranges, Watch
 from ksmd.kernel import channel, sdnotify
 from ksmd.model.units import PAGE_SIZE
@@ -363,15 +364,12 @@ class Pager:
 
     def _everything(self) -> Iterator[Header]:
         """Give the messages that what is held comes to."""
-        yield {"do": "highest", "id": self._watch.highest}
-        yield {"do": "secret", "key": self._secret}
-        for context in self._watch.roots:
-            owed = list(context.owed)
-            yield {"do": "guard", "id": context.target, "ranges": owed, "about": context.about}
-        for inode, kept in self._keeper.items():
-            for offset, (_, length) in kept.parts.items():
-                part = {"offset": offset, "length": length, "about": kept.about}
-                yield {"do": "keep", "inode": inode} | part
+        targets = ((one.target, one.owed, one.about) for one in self._watch.roots)
+        extents = (
+            (inode, [(offset, part[1]) for offset, part in kept.parts.items()], kept.about)
+            for inode, kept in self._keeper.items()
+        )
+        return summary(self._watch.highest, self._secret, targets, extents)
 
     def _claim(self, line: _Line) -> dict[str, Any]:
         owner = self._owner

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import select
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
 from ksmd.guard.context import Answer, Context, Counters, State
@@ -70,6 +70,9 @@ class Watch:
 
     def __contains__(self, fd: int) -> bool:
         return fd in self._by_fd
+
+    def __iter__(self) -> Iterator[Context]:
+        return iter(list(self._by_fd.values()))
 
     @property
     def contexts(self) -> int:

@@ -250,7 +250,7 @@ def test_when_both_are_killed_the_next_pager_gets_back_all_that_the_two_held(
     assert heir.ids == [5]
     assert heir.about(5) == {"pid": 77}
     assert heir.unsettled == [5]
-    assert list(heir._held[5].owed) == [(0x3000, 0x5000), (0x9000, 0xA000)]
+    assert list(heir._holds.targets[5].owed) == [(0x3000, 0x5000), (0x9000, 0xA000)]
     assert heir.highest == 5
     assert heir.key == key
     (kept,) = heir.kept
@@ -308,7 +308,7 @@ def test_a_daemon_that_lives_moves_over_to_the_next_pager_of_the_manager(
     die(pager)
     heir = take(manager)  # and what it was told anew is as complete
     assert heir.about(5) == {"pid": 77}
-    assert list(heir._held[5].owed) == [(0x1000, 0x5000)]
+    assert list(heir._holds.targets[5].owed) == [(0x1000, 0x5000)]
     heir.close(force=True)
 
 

@@ -233,6 +233,31 @@ def test_after_a_kill_the_next_daemon_gives_everything_back(pair, lives):
     assert pager.gone(PATIENCE), "the pager stays although it holds nothing"
 
 
+def catches(pid: int, number: signal.Signals) -> bool:
+    status = Path(f"/proc/{pid}/status").read_text()
+    caught = next(line for line in status.splitlines() if line.startswith("SigCgt:"))
+    return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
+
+
+def test_a_daemon_that_is_told_to_stop_while_it_starts_gives_back_what_it_adopts(pair, lives):
+    daemon = lives.start(settings_for(*pair))
+    daemon.scan()
+    lives.kill()
+    command = [KSMD, "run", "--config", daemon.config, "--socket", daemon.socket]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        while not catches(process.pid, signal.SIGTERM):
+            time.sleep(0.005)
+        process.terminate()
+        _, told = process.communicate(timeout=PATIENCE)
+    lives.logs.append(told)
+    assert process.returncode == 0
+    assert "adopted what an earlier ksmd left: 2 targets" in told
+    assert told.index("stopping") < told.index("ready on"), "the signal came too late"
+    assert [store_mappings(victim.pid) for victim in pair] == [[], []]
+    assert not door.pagers(str(daemon.socket)), "the pager stays although it holds nothing"
+    check_all(pair)
+
+
 def test_what_is_dropped_reads_as_zeros_between_two_daemons_and_ever_after(pair, lives):
     settings = settings_for(*pair)
     lives.start(settings).scan()

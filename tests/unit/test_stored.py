@@ -12,7 +12,8 @@ import pytest
 from ksmd.guard.context import Context, Counters
 from ksmd.guard.intervals import Intervals
 from ksmd.guard.keeper import Keeper
-from ksmd.guard.stored import REWRITE, Noted, Notes, Stored
+from ksmd.guard.notes import REWRITE, Noted, Notes
+from ksmd.guard.stored import Stored
 from ksmd.guard.watch import Watch
 
 GUARD = {"do": "guard", "id": 7, "ranges": [[4096, 8192]], "about": {"pid": 1}}

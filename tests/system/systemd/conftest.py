@@ -8,7 +8,7 @@ from pathlib import Path
 
 import install_tree
 import pytest
-from inside import SETTINGS, Service, Target
+from inside import Service, Target, as_shipped
 from machine import Machine
 
 HERE = Path(__file__).parent
@@ -25,10 +25,15 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
     try:
         shutil.copy(HERE / "victim.py", booted.shared)
         booted.run("systemd-sysusers")
+        # every accident would wait for a second
+        (booted.shared / "soon").write_text("[Service]\nRestartSec=100ms\n")
+        folder = "/run/systemd/system/ksmd.service.d"
+        booted.run("install", "-D", "-m644", "/run/test/soon", f"{folder}/soon.conf")
         booted.run("systemctl", "daemon-reload")
         booted.run("systemctl", "enable", "ksmd.service", "ksmd-exporter.service")
-        # a machine that is busy with other tests is slow to stop a target: not under test here
-        slow = "s/^  deadline_ms:.*/  deadline_ms: 1000/"
+        # a machine that is busy with other tests is slow to stop a target, and tests are impatient:
+        # not under test here
+        slow = "s/^  deadline_ms:.*/  deadline_ms: 1000/; s/^  interval_secs:.*/  interval_secs: 1/"
         booted.run("sed", "-i", slow, "/etc/ksmd/ksmd.yaml")
         yield booted
     finally:
@@ -37,18 +42,22 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
 
 @pytest.fixture
 def service(machine: Machine) -> Iterator[Service]:
-    """ksmd.service, enabled and not started; stopped, and without drop-ins, after the test."""
-    made = Service(machine)
-    made.settings(SETTINGS)
-    machine.run("systemctl", "reset-failed")
-    machine.run("systemctl", "start", "ksmd.socket")
-    yield made
-    if not machine.running:
-        return
+    """ksmd.service, enabled and not started."""
     machine.run("systemctl", "stop", "ksmd.service", check=False)
-    print(made.journal("--unit=ksmd", "--unit=ksmd-pager", "--lines=80"))
-    made.tidy()
-    machine.run("systemctl", "reset-failed")
+    with as_shipped(machine) as made:
+        yield made
+
+
+@pytest.fixture
+def running(machine: Machine) -> Iterator[Service]:
+    """ksmd.service, which merges nothing that it was not asked to, and has merged nothing yet.
+
+    It may be one that an earlier test has left running.
+    """
+    with as_shipped(machine) as made:
+        machine.run("systemctl", "start", "ksmd-pager.service", "ksmd.service")
+        made.call("Unmerge", wait=True)  # it is paused from then on
+        yield made
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import select
 import subprocess
+import time
+from collections.abc import Iterator
 from typing import Any
 
 from machine import PATIENCE, Machine
@@ -36,10 +39,23 @@ class Target:
 
     def ask(self, line: str) -> str:
         """Have it do something: its answer."""
+        self.order(line)
+        return self.answer()
+
+    def order(self, line: str) -> None:
+        """Have it do something."""
         assert self._process.stdin is not None
-        assert self._process.stdout is not None
         self._process.stdin.write(line + "\n")
         self._process.stdin.flush()
+
+    def has_answered(self) -> bool:
+        """Whether the answer to an order is there."""
+        assert self._process.stdout is not None
+        return bool(select.select([self._process.stdout], [], [], 0)[0])
+
+    def answer(self) -> str:
+        """Wait for the answer to an order."""
+        assert self._process.stdout is not None
         return self._process.stdout.readline().strip()
 
     def store_pages(self) -> int:
@@ -62,6 +78,8 @@ class Service:
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
         self._dropped_in: set[str] = set()
+        self._settings = ""
+        self._since = f"@{time.time():.6f}"
 
     @property
     def main_pid(self) -> int:
@@ -113,10 +131,9 @@ class Service:
         return named[comm]
 
     def journal(self, *arguments: object) -> str:
-        """Give the messages of the unit's journal that *arguments* select."""
-        return self.machine.run(
-            "journalctl", "--no-pager", "--quiet", "--output=cat", *arguments, check=False
-        )
+        """Give the messages of the journal since this was made that *arguments* select."""
+        since = ("--no-pager", "--quiet", "--output=cat", f"--since={self._since}")
+        return self.machine.run("journalctl", *since, *arguments, check=False)
 
     def drop_in(self, unit: str, text: str) -> None:
         """Give a unit a drop-in, or take it away with ""."""
@@ -127,19 +144,42 @@ class Service:
             self.machine.run("mkdir", "-p", folder)
             self.machine.run("cp", "/run/test/drop-in", f"{folder}/test.conf")
         else:
+            self._dropped_in.discard(unit)
             self.machine.run("rm", "-rf", folder)
         self.machine.run("systemctl", "daemon-reload")
 
+    @property
+    def changed(self) -> bool:
+        """Whether it has a drop-in of the test, or other settings than SETTINGS."""
+        return bool(self._dropped_in) or self._settings != SETTINGS
+
     def tidy(self) -> None:
         """Take all drop-ins and settings of the test away."""
-        for unit in self._dropped_in:
+        for unit in list(self._dropped_in):
             self.drop_in(unit, "")
         self.settings("")
 
     def settings(self, text: str) -> None:
         """Put a file of settings into conf.d; "" takes it away."""
+        self._settings = text
         if text:
             (self.machine.shared / "settings").write_text(text)
             self.machine.run("cp", "/run/test/settings", "/etc/ksmd/conf.d/test.yaml")
         else:
             self.machine.run("rm", "-f", "/etc/ksmd/conf.d/test.yaml")
+
+
+@contextlib.contextmanager
+def as_shipped(machine: Machine) -> Iterator[Service]:
+    """Give the service without drop-ins; one that a test gave other settings is stopped then."""
+    made = Service(machine)
+    made.settings(SETTINGS)
+    machine.run("systemctl", "reset-failed")
+    machine.run("systemctl", "start", "ksmd.socket")
+    yield made
+    if not machine.running:
+        return
+    print(made.journal("--unit=ksmd", "--unit=ksmd-pager", "--lines=80"))
+    if made.changed:
+        machine.run("systemctl", "stop", "ksmd.service", check=False)
+        made.tidy()

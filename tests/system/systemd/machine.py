@@ -150,6 +150,4 @@ def _cgroup() -> Path:
     mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
     tops = [Path(fields[1]) for fields in mounts if fields[2] == "cgroup2"]
     assert tops, "no cgroup2 hierarchy is mounted"
-    made = tops[0] / f"ksmd-test-{os.getpid()}"
-    made.mkdir()
-    return made
+    return Path(tempfile.mkdtemp(prefix="ksmd-test-", dir=tops[0]))

@@ -63,42 +63,42 @@ def test_its_sandbox_is_that_of_ksmd() -> None:
 
 
 def test_a_restart_of_ksmd_leaves_all_merged_and_the_pager_untouched(
-    service: Service, pair: Pair
+    running: Service, pair: Pair
 ) -> None:
-    counted = service.settle()["full_scans"]
-    pager, main = service.pager_pid, service.main_pid
+    counted = running.settle()["full_scans"]
+    pager, main = running.pager_pid, running.main_pid
     assert merged(pair)
-    service.machine.run("systemctl", "restart", "ksmd.service")
+    running.machine.run("systemctl", "restart", "ksmd.service")
     assert merged(pair)  # although on_stop is unmerge
-    assert service.status()["full_scans"] >= counted >= 1  # as if nothing had happened
+    assert running.status()["full_scans"] >= counted >= 1  # as if nothing had happened
     assert guarded(pair)
-    assert knows_what_is_merged(service)
-    assert service.pager_pid == pager
-    assert service.main_pid not in (0, main)
-    assert "stopping for a restart" in service.journal("--unit=ksmd")
+    assert knows_what_is_merged(running)
+    assert running.pager_pid == pager
+    assert running.main_pid not in (0, main)
+    assert "stopping for a restart" in running.journal("--unit=ksmd")
 
 
 def test_an_upgrade_of_ksmd_replaces_the_pager_and_leaves_all_merged(
-    service: Service, pair: Pair
+    running: Service, pair: Pair
 ) -> None:
-    service.settle()
-    pager = service.pager_pid
+    running.settle()
+    pager = running.pager_pid
 
     def install(version: str) -> None:
         change = f's/^__version__ = .*/__version__ = "{version}"/'
-        service.machine.run("sh", "-c", f"sed -i '{change}' {VERSION_FILE}")
-        service.machine.run("systemctl", "try-restart", "ksmd.service")  # as the package does
+        running.machine.run("sh", "-c", f"sed -i '{change}' {VERSION_FILE}")
+        running.machine.run("systemctl", "try-restart", "ksmd.service")  # as the package does
 
     try:
         install("99.0")
         assert merged(pair)
         assert guarded(pair)
-        assert knows_what_is_merged(service)
-        assert service.pager_pid not in (0, pager)
-        assert service.machine.run("pgrep", "^ksmd-pager") == str(service.pager_pid)
+        assert knows_what_is_merged(running)
+        assert running.pager_pid not in (0, pager)
+        assert running.machine.run("pgrep", "^ksmd-pager") == str(running.pager_pid)
     finally:
         install(ksmd.__version__)
-    assert knows_what_is_merged(service)
+    assert knows_what_is_merged(running)
     assert guarded(pair)
 
 
@@ -123,55 +123,57 @@ def test_stopping_ksmd_with_on_stop_keep_leaves_the_guard_and_stopping_the_pager
         machine.run("sed", "-i", "s/^on_stop:.*/on_stop: unmerge/", "/etc/ksmd/ksmd.yaml")
 
 
-def test_stopping_the_pager_under_a_ksmd_that_runs_unmerges_and_keeps_it_so(
-    service: Service, pair: Pair
+def test_stopping_the_pager_under_a_ksmd_that_runs_unmerges_until_it_is_started_again(
+    running: Service, pair: Pair
 ) -> None:
-    service.settle()
+    machine, main = running.machine, running.main_pid
+    running.call("Resume")
+    running.settle()
     assert merged(pair)
-    service.machine.run("systemctl", "restart", "ksmd-pager.service")
+    machine.run("systemctl", "stop", "ksmd-pager.service")
     assert given_back(pair)
-    assert service.state == "active/running/success"
-    assert service.status()["paused"]
-    service.call("Resume")
-    assert service.settle()["pages_sharing"] >= 0.9 * PAGES
-    assert service.machine.run("pgrep", "^ksmd-pager") == str(service.pager_pid)
+    assert running.main_pid == main
+    assert running.status()["paused"]  # it has a pager of its own by now
+    running.call("Scan")  # and merges where somebody wants it
+    until(lambda: merged(pair), "all merged once more")
+    machine.run("systemctl", "start", "ksmd-pager.service")
+    pager = running.pager_pid
+    until(lambda: machine.run("pgrep", "^ksmd-pager") == str(pager), "the move to that pager")
+    assert knows_what_is_merged(running)
+    assert not running.status()["paused"]
     assert guarded(pair)
+
+    machine.run("systemctl", "restart", "ksmd-pager.service")
+    until(lambda: not running.status()["paused"], "another pager")
+    assert running.pager_pid not in (0, pager)
+    assert knows_what_is_merged(running)  # again, by its own scans
+    assert machine.run("pgrep", "^ksmd-pager") == str(running.pager_pid)
+    assert running.main_pid == main
+    assert guarded(pair)
+
+
+def test_a_pager_that_stands_by_for_another_socket_is_told_of(service: Service) -> None:
+    there = "/usr/bin/ksmd pager --socket /run/ksmd/another.sock"
+    stop = "ExecStop=\nExecStop=/bin/true\n"
+    service.machine.run("systemctl", "stop", "ksmd-pager.service")
+    service.drop_in("ksmd-pager.service", f"[Service]\nExecStart=\nExecStart={there}\n{stop}")
+    service.machine.run("systemctl", "start", "ksmd.service")
+    told = service.journal("--unit=ksmd", "--priority=warning")
+    assert "stands by for another socket than /run/ksmd/ksmd.sock" in told
+    service.machine.run("systemctl", "stop", "ksmd.service", "ksmd-pager.service")
 
 
 def test_when_pager_and_daemon_are_killed_at_once_the_guard_stands_and_all_comes_back(
-    service: Service, pair: Pair
+    running: Service, pair: Pair
 ) -> None:
-    service.settle()
-    pager, main = service.pager_pid, service.main_pid
-    service.machine.run("kill", "-KILL", pager, main)
+    running.settle()
+    pager, main = running.pager_pid, running.main_pid
+    running.machine.run("kill", "-KILL", pager, main)
     assert guarded(pair)  # they wait for the next pager; nothing of the store shines through
-    until(lambda: service.pager_pid not in (0, pager), "another pager")
-    until(lambda: service.main_pid not in (0, main), "another daemon")
-    assert service.settle()["pages_sharing"] >= 0.9 * PAGES
-    told = service.journal("--unit=ksmd", "--since=-30s")
+    until(lambda: running.pager_pid not in (0, pager), "another pager")
+    until(lambda: running.main_pid not in (0, main), "another daemon")
+    assert running.settle()["pages_sharing"] >= 0.9 * PAGES
+    told = running.journal("--unit=ksmd")
     assert "lost its pins" in told  # so who mapped it had its pages back before that
     assert "nobody guards" not in told
     assert guarded(pair)
-
-
-def test_without_its_unit_ksmd_starts_a_pager_of_its_own_that_outlives_it_too(
-    service: Service, pair: Pair
-) -> None:
-    machine = service.machine
-    machine.run("systemctl", "stop", "ksmd-pager.service")
-    machine.run("systemctl", "mask", "--runtime", "ksmd-pager.service")
-    try:
-        service.settle()
-        main = service.main_pid
-        pager = machine.run("pgrep", "^ksmd-pager")
-        assert machine.run("cat", f"/proc/{pager}/cgroup").endswith("/ksmd.service")
-        service.signal("KILL")
-        assert guarded(pair)
-        until(lambda: service.main_pid not in (0, main), "another daemon")
-        assert knows_what_is_merged(service)
-        assert machine.run("pgrep", "^ksmd-pager") == pager
-        machine.run("systemctl", "stop", "ksmd.service")
-        assert given_back(pair)
-        assert machine.code("pgrep", "^ksmd-") == 1
-    finally:
-        machine.run("systemctl", "unmask", "--runtime", "ksmd-pager.service")

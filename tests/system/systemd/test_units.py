@@ -95,8 +95,8 @@ def test_the_first_caller_starts_the_service_and_is_answered(service: Service) -
     assert service.machine.run("cat", f"/proc/{service.main_pid}/comm") == "ksmd-main"
 
 
-def test_merging_works_inside_exactly_the_sandbox_of_the_unit(service: Service, pair: Pair) -> None:
-    status = service.settle()
+def test_merging_works_inside_exactly_the_sandbox_of_the_unit(running: Service, pair: Pair) -> None:
+    status = running.settle()
     assert status["pages_sharing"] >= 0.9 * PAGES
     assert {one["pid"] for one in status["targets"]} == {one.pid for one in pair}
     assert merged(pair)
@@ -104,14 +104,14 @@ def test_merging_works_inside_exactly_the_sandbox_of_the_unit(service: Service, 
     assert pair[0].ask("write 5") == "done"
     assert guarded(pair)
     for one in pair:  # and the journal tells of it, by field
-        told = service.journal(f"KSMD_TARGET_PID={one.pid}", "KSMD_EVENT=merged").splitlines()
+        told = running.journal(f"KSMD_TARGET_PID={one.pid}", "KSMD_EVENT=merged").splitlines()
         assert re.fullmatch(rf"pid {one.pid} \(victims\): merging, \d+ pages so far", told[-1])
     # DAC_OVERRIDE, IPC_LOCK, SYS_PTRACE, SYS_ADMIN, SYS_NICE
     allowed = sum(1 << bit for bit in (1, 14, 19, 21, 23))
-    effective = dict.fromkeys((service.main_pid, service.helper("ksmd-tracer")), allowed)
-    effective[service.pager_pid] = 1 << 14 | 1 << 19
+    effective = dict.fromkeys((running.main_pid, running.helper("ksmd-tracer")), allowed)
+    effective[running.pager_pid] = 1 << 14 | 1 << 19
     for pid, capabilities in effective.items():
-        told = service.machine.run("cat", f"/proc/{pid}/status")
+        told = running.machine.run("cat", f"/proc/{pid}/status")
         fields = dict(line.split(":\t", 1) for line in told.splitlines() if ":\t" in line)
         assert fields["Seccomp"] == "2"
         assert fields["NoNewPrivs"] == "1"
@@ -120,70 +120,59 @@ def test_merging_works_inside_exactly_the_sandbox_of_the_unit(service: Service, 
         assert int(fields["CapBnd"], 16) == allowed
 
 
-def test_the_status_text_shows_the_savings(service: Service, pair: Pair) -> None:
+def test_the_status_text_shows_the_savings(running: Service, pair: Pair) -> None:
     assert right(pair)
-    service.settle()
+    running.settle()
 
     def shown() -> bool:
-        text = service.machine.show("ksmd.service", "StatusText")
+        text = running.machine.show("ksmd.service", "StatusText")
         found = re.search(r"saving (\d+) MiB in 2 targets", text)
         return found is not None and int(found[1]) >= 3
 
     until(shown, "the savings in the status text")
 
 
-def test_stopping_gives_every_page_back_and_leaves_the_socket_and_an_idle_pager(
-    service: Service, pair: Pair
-) -> None:
-    service.settle()
-    assert merged(pair)
-    service.machine.run("systemctl", "stop", "ksmd.service")
-    assert service.state == "inactive/dead/success"
-    assert service.machine.show("ksmd.service", "ExecMainStatus") == "0"
-    assert [one.store_pages() for one in pair] == [0, 0]
-    assert right(pair)
-    assert service.machine.run("pgrep", "^ksmd-") == str(service.pager_pid)
-    assert service.machine.show("ksmd.socket", "ActiveState") == "active"
-    assert service.status()["pages_sharing"] == 0  # and the socket starts it again
-
-
 # -- signals --------------------------------------------------------------------------------------
 
 
-def test_reload_takes_new_settings_and_says_what_changed(service: Service, pair: Pair) -> None:
-    service.settings("")
-    assert service.status()["targets"] == []
-    service.settings(SETTINGS)
-    service.machine.run("systemctl", "reload", "ksmd.service")
-    until(lambda: "targets.victims" in service.journal("--unit=ksmd"), "the reload in the journal")
-    assert service.settle()["pages_sharing"] >= 0.9 * PAGES
-    assert service.state == "active/running/success"
+def test_reload_takes_new_settings_and_says_what_changed(running: Service, pair: Pair) -> None:
+    reload = ("systemctl", "reload", "ksmd.service")
+    running.settings("")
+    running.machine.run(*reload)
+    until(lambda: running.settle()["targets"] == [], "nobody selected")
+    running.settings(SETTINGS)
+    running.machine.run(*reload)
+    until(lambda: running.settle()["pages_sharing"] >= 0.9 * PAGES, "victims selected anew")
+    assert "settings read again: targets.victims" in running.journal("--unit=ksmd")
+    assert running.state == "active/running/success"
     assert right(pair)
 
 
 def test_reload_of_a_wrong_file_keeps_the_old_settings_and_says_why(
-    service: Service, pair: Pair
+    running: Service, pair: Pair
 ) -> None:
-    service.settle()
-    service.settings("version: 1\nrun: stop\n")  # ksmd.yaml says merge
-    service.machine.run("systemctl", "reload", "ksmd.service")
+    running.settle()
+    running.settings("version: 1\nrun: stop\n")  # ksmd.yaml says merge
+    running.machine.run("systemctl", "reload", "ksmd.service")
 
     def told() -> bool:
-        return "conf.d/test.yaml:2:1: run" in service.journal("--unit=ksmd", "--priority=err")
+        return "conf.d/test.yaml:2:1: run" in running.journal("--unit=ksmd", "--priority=err")
 
     until(told, "the reason in the journal, as an error")
-    assert service.status()["run"] == "merge"
+    assert running.status()["run"] == "merge"
     assert merged(pair)
-    assert service.state == "active/running/success"
+    assert running.state == "active/running/success"
+    running.settings(SETTINGS)
+    running.machine.run("systemctl", "reload", "ksmd.service")
 
 
-def test_usr1_scans_now(service: Service, pair: Pair) -> None:
-    service.status()
+def test_usr1_scans_now(running: Service, pair: Pair) -> None:
+    assert running.status()["paused"]  # so that no other scan does it
     unit = ("--kill-whom=main", "--signal=USR1", "ksmd.service")
 
     def grown() -> bool:
-        service.machine.run("systemctl", "kill", *unit)
-        return bool(service.status()["pages_sharing"] >= 0.9 * PAGES)
+        running.machine.run("systemctl", "kill", *unit)
+        return bool(running.status()["pages_sharing"] >= 0.9 * PAGES)
 
     until(grown, "pages merged by scans that a signal asked for")
     assert right(pair)
@@ -192,84 +181,65 @@ def test_usr1_scans_now(service: Service, pair: Pair) -> None:
 # -- accidents ------------------------------------------------------------------------------------
 
 
-def test_the_watchdog_leaves_a_daemon_that_works_alone_and_replaces_one_that_hangs(
-    service: Service, pair: Pair
-) -> None:
-    service.drop_in("ksmd.service", "[Service]\nWatchdogSec=3s\n")
-    scans = service.settle()["full_scans"]
-    before = service.main_pid
-    for _ in range(3):
-        service.settle()
-    service.machine.run("sleep", "4")  # more than the watchdog's time, idle
-    assert service.status()["full_scans"] > scans
-    assert service.main_pid == before
-    service.signal("STOP")
-    until(lambda: has_restarted(service, before), "another daemon")
-    assert "Watchdog timeout" in service.journal("--unit=ksmd")
-    assert merged(pair)
-    assert guarded(pair)
-    assert knows_what_is_merged(service)
-
-
 def test_killing_the_daemon_leaves_targets_merged_guarded_and_right(
-    service: Service, pair: Pair
+    running: Service, pair: Pair
 ) -> None:
-    service.settle()
-    before = service.main_pid
-    service.signal("KILL")
+    running.settle()
+    before = running.main_pid
+    running.signal("KILL")
     assert right(pair)
-    until(lambda: has_restarted(service, before), "another daemon")
-    assert int(service.machine.show("ksmd.service", "NRestarts")) >= 1
+    until(lambda: has_restarted(running, before), "another daemon")
+    assert int(running.machine.show("ksmd.service", "NRestarts")) >= 1
     assert merged(pair)
     assert guarded(pair)
-    assert knows_what_is_merged(service)
-    service.machine.run("systemctl", "stop", "ksmd.service")
+    assert knows_what_is_merged(running)
+    running.machine.run("systemctl", "stop", "ksmd.service")
     assert [one.store_pages() for one in pair] == [0, 0]
     assert right(pair)
-    assert service.machine.run("pgrep", "^ksmd-") == str(service.pager_pid)
+    assert running.machine.run("pgrep", "^ksmd-") == str(running.pager_pid)
 
 
 @pytest.mark.parametrize("helper", ["ksmd-pager", "ksmd-tracer"])
 def test_killing_a_helper_neither_stops_the_service_nor_harms_a_target(
-    service: Service, pair: Pair, helper: str
+    running: Service, pair: Pair, helper: str
 ) -> None:
-    service.settle()
-    before, killed = service.main_pid, service.helper(helper)
-    service.signal("KILL", killed)
+    running.settle()
+    before, killed = running.main_pid, running.helper(helper)
+    running.signal("KILL", killed)
     assert guarded(pair)
-    assert service.settle()["pages_sharing"] >= 0.9 * PAGES
-    assert service.main_pid == before
-    assert service.state == "active/running/success"
+    assert running.settle()["pages_sharing"] >= 0.9 * PAGES
+    assert running.main_pid == before
+    assert running.state == "active/running/success"
     assert right(pair)
 
 
 # -- who may do what ------------------------------------------------------------------------------
 
 
-def test_only_root_controls_and_the_group_may_read_the_counters(service: Service) -> None:
-    service.status()
+def test_only_root_controls_and_the_group_may_read_the_counters(running: Service) -> None:
+    running.call("Resume")
 
     def code(group: str, *arguments: str) -> int:
         who = ("setpriv", "--reuid=65534", f"--regid={group}", "--clear-groups")
-        return service.machine.code(*who, "ksmctl", "--json", *arguments)
+        return running.machine.code(*who, "ksmctl", "--json", *arguments)
 
     assert code("ksmd", "status") == 0
     assert code("ksmd", "pause") == 3
     assert code("ksmd", "unmerge") == 3
     assert code("nogroup", "status") == 3
-    assert not service.status()["paused"]
+    assert not running.status()["paused"]
 
 
 def test_the_exporter_serves_the_counters_without_privilege_or_network(
-    service: Service, pair: Pair
+    running: Service, pair: Pair
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     text = f"[Socket]\nListenStream=\nListenStream=127.0.0.1:{port}\n"
-    service.drop_in("ksmd-exporter.socket", text)
-    machine = service.machine
+    running.drop_in("ksmd-exporter.socket", text)
+    machine = running.machine
     try:
-        service.settle()
+        running.settle()
         machine.run("systemctl", "start", "ksmd-exporter.socket")
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=20) as answer:
             told = answer.read().decode()
@@ -287,13 +257,50 @@ def test_the_exporter_serves_the_counters_without_privilege_or_network(
         machine.run("kill", "-KILL", pid)
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=20) as answer:
             assert "ksmd_user_up 1.0" in answer.read().decode().splitlines()
-        service.machine.run("systemctl", "stop", "ksmd.socket", "ksmd.service")
+        running.machine.run("systemctl", "stop", "ksmd.socket", "ksmd.service")
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=20) as answer:
             assert "ksmd_user_up 0.0" in answer.read().decode().splitlines()
     finally:
         machine.run("systemctl", "stop", "ksmd-exporter.socket", "ksmd-exporter.service")
-        service.drop_in("ksmd-exporter.socket", "")
+        running.drop_in("ksmd-exporter.socket", "")
     assert right(pair)
+
+
+# -- what needs a daemon of its own ---------------------------------------------------------------
+
+
+def test_stopping_gives_every_page_back_and_leaves_the_socket_and_an_idle_pager(
+    running: Service, pair: Pair
+) -> None:
+    running.settle()
+    assert merged(pair)
+    running.machine.run("systemctl", "stop", "ksmd.service")
+    assert running.state == "inactive/dead/success"
+    assert running.machine.show("ksmd.service", "ExecMainStatus") == "0"
+    assert [one.store_pages() for one in pair] == [0, 0]
+    assert right(pair)
+    assert running.machine.run("pgrep", "^ksmd-") == str(running.pager_pid)
+    assert running.machine.show("ksmd.socket", "ActiveState") == "active"
+    assert running.status()["pages_sharing"] == 0  # and the socket starts it again
+
+
+def test_the_watchdog_leaves_a_daemon_that_works_alone_and_replaces_one_that_hangs(
+    service: Service, pair: Pair
+) -> None:
+    service.drop_in("ksmd.service", "[Service]\nWatchdogSec=3s\n")
+    scans = service.settle()["full_scans"]
+    before = service.main_pid
+    for _ in range(3):
+        service.settle()
+    service.machine.run("sleep", "3.3")  # more than the watchdog's time, idle
+    assert service.status()["full_scans"] > scans
+    assert service.main_pid == before
+    service.signal("STOP")
+    until(lambda: has_restarted(service, before), "another daemon")
+    assert "Watchdog timeout" in service.journal("--unit=ksmd")
+    assert merged(pair)
+    assert guarded(pair)
+    assert knows_what_is_merged(service)
 
 
 # -- seccomp --------------------------------------------------------------------------------------
@@ -345,9 +352,9 @@ def test_with_the_shipped_drop_in_programs_with_a_filter_are_merged(
 
 
 def test_it_powers_off_cleanly_with_a_daemon_that_merges_and_no_unit_failed(
-    machine: Machine, service: Service, pair: Pair
+    machine: Machine, running: Service, pair: Pair
 ) -> None:
-    service.settle()
+    running.settle()
     assert merged(pair)
     assert machine.run("systemctl", "--failed", "--no-legend") == ""
     # reboot(2) in a pid namespace: SIGINT stands for power off, pid_namespaces(7)
