@@ -30,6 +30,7 @@ class Advice(IntFlag):
     NONE = 0
     DONTFORK = 2
     DONTDUMP = 4
+    WIPEONFORK = 8
 
 
 @dataclass(frozen=True, slots=True)

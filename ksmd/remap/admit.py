@@ -7,12 +7,14 @@ from collections.abc import Iterable
 
 from ksmd.kernel.vmaquery import VmaQuery
 from ksmd.model.refusal import Reason
-from ksmd.model.units import PAGE_SHIFT
+from ksmd.model.units import PAGE_SHIFT, PAGE_SIZE
 from ksmd.model.vma import Vma
 from ksmd.model.window import Op
 from ksmd.remap import stub
 from ksmd.remap.session import Session
 
+#: Operations that make a mapping anew, and so have to know what was said of the one before.
+_TRIED = (Op.MERGE, Op.UNMERGE)
 _PROT = {"r": 1, "w": 2, "x": 4}
 
 
@@ -20,15 +22,18 @@ def admit(
     session: Session,
     records: Iterable[tuple[int, int, int, int, int]],
     extent_inode: int,
-) -> tuple[list[stub.StubRecord], dict[int, Reason]]:
+) -> tuple[list[stub.StubRecord], dict[int, Reason], list[int]]:
     """Re-check every record (as on the wire) against the maps of the stopped target.
 
-    Gives what may be carried out, and the reason for each index of *records* that may not.
+    Gives what may be carried out; the reason for each index of *records* that may not; and the
+    starts of the mappings that the stub has to try for flags. That takes two pages: of a mapping of
+    one page what smaps said must do.
     """
     admitted: list[stub.StubRecord] = []
     dropped: dict[int, Reason] = {}
     rseq = sorted(session.rseq_pages())
     vma, prot = None, 0
+    trials: dict[int, int] = {}
     with VmaQuery(session.pid, session.tid) as query:
         for index, (op, start, length, offset, advice) in enumerate(records):
             if vma is None or not vma.start <= start < vma.end:
@@ -38,8 +43,11 @@ def admit(
             if reason is not None:
                 dropped[index] = reason
                 continue
-            admitted.append(stub.StubRecord(op, start, length, offset, 0, prot, advice))
-    return admitted, dropped
+            trial = 0
+            if op in _TRIED and vma is not None and vma.end - vma.start > PAGE_SIZE:
+                trial = trials.setdefault(vma.start, len(trials) + 1)
+            admitted.append(stub.StubRecord(op, start, length, offset, 0, prot, advice, trial))
+    return admitted, dropped, list(trials)
 
 
 def _objection(

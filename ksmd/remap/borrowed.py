@@ -13,6 +13,7 @@ import socket
 import struct
 import time
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Final
@@ -193,6 +194,7 @@ class Borrowed:
         self,
         records: list[stub.StubRecord],
         contexts: Contexts,
+        trials: Sequence[int],
         mode: int,
         device: int,
         fail: tuple[int, int, int],
@@ -203,9 +205,10 @@ class Borrowed:
         code_length = libc.page_ceil(len(code))
         header_at = code_length + _STUB_STACK
         records_at = header_at + libc.page_ceil(stub.HEADER_SIZE)
-        length = libc.page_ceil(records_at + len(records) * stub.RECORD.size)
+        trials_at = records_at + len(records) * stub.RECORD.size
+        length = libc.page_ceil(trials_at + len(trials) * 8)
         base = self._map_scratch(code_length, length)
-        header_at, records_at = base + header_at, base + records_at
+        header_at, records_at, trials_at = base + header_at, base + records_at, base + trials_at
         fds = [device] if mode == stub.MODE_SETUP else self._descriptors(records, contexts)
         header = stub.pack_header(
             header_at,
@@ -218,6 +221,8 @@ class Borrowed:
             scratch=base,
             scratch_len=length,
             nfds=len(fds),
+            trials=trials_at,
+            ntrials=len(trials),
             fail_step=fail[0],
             fail_errno=fail[1],
             fail_record=fail[2],
@@ -225,7 +230,8 @@ class Borrowed:
         )
         memory.write(base, code)
         memory.write(header_at, header)
-        memory.write(records_at, b"".join(record.pack() for record in records))
+        packed = b"".join(record.pack() for record in records)
+        memory.write(records_at, packed + array("Q", trials).tobytes())
         started = time.perf_counter()
         self._running = True
         self._set(rip=base, rsp=header_at - 64, rdi=header_at, rax=0)

@@ -17,11 +17,16 @@ from ksmd.model.errors import KernelFeatureError
 from ksmd.model.process import TargetId
 from ksmd.model.refusal import Reason
 from ksmd.model.tables import RESULT
-from ksmd.model.window import Op, WindowRequest, WindowResult
+from ksmd.model.window import Advice, Op, WindowRequest, WindowResult
 from ksmd.remap import stub
 from ksmd.remap.wire import EXIT_UNSTOPPABLE
 
 _REPLY_SECONDS: Final = 10.0
+_FLAGGED: Final = {
+    Advice.DONTFORK: Reason.DONTFORK,
+    Advice.DONTDUMP: Reason.DONTDUMP,
+    Advice.WIPEONFORK: Reason.WIPEONFORK,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,6 +218,9 @@ def _reason(op: int, result: int, stage: int) -> Reason:
     """Name what kept a record from being carried out."""
     if stage >= stub.STUCK:
         return Reason.POISONED
+    if -result > stub.FLAGGED:
+        flags = Advice(-result - stub.FLAGGED)
+        return next(reason for flag, reason in _FLAGGED.items() if flag in flags)
     match -result:
         case -1:
             return Reason.CHANGED

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from typing import Final
 
 from ksmd.kernel import procfs, ptrace
@@ -142,12 +143,14 @@ class Session:
         records: list[stub.StubRecord],
         contexts: Contexts,
         *,
+        trials: Sequence[int] = (),
         mode: int = stub.MODE_WINDOW,
         device: int = -1,
         fail: tuple[int, int, int] = (0, 0, 0),
     ) -> tuple[Outcome, list[int]]:
         """Run the stub once: its outcome, and in setup the contexts it made (guard, track).
 
+        *trials* are the mappings that records name by number, to be tried for flags first.
         *fail* is (step, errno, record) for tests.
         """
         found, stack = places.find(self.pid, self.memory)
@@ -157,7 +160,7 @@ class Session:
         places.refuse_stale_stub(self.stopped, anchor)
         borrowed = Borrowed(self, thread, anchor, found, xstate)
         with borrowed:
-            return borrowed.run(records, contexts, mode, device, fail)
+            return borrowed.run(records, contexts, trials, mode, device, fail)
 
     def rseq_pages(self) -> set[int]:
         """Page numbers that the kernel writes when the borrowed thread returns to user mode."""

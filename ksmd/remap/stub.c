@@ -27,6 +27,10 @@
  *    the way back, another process might touch it. Presence is read from pagemap, never by touching.
  *  - From the mmap on, other processes write to the new mapping. If a later step fails, what they
  *    wrote there is taken along before the quarantine goes home.
+ *  - What madvise has said of a mapping (not to be forked, dumped, kept in a child) would be lost with
+ *    the mapping, and nothing shows it but smaps, which takes too long in here and is old when it
+ *    was read before. So each mapping is tried: its first page is told the opposite. Where that cuts
+ *    the page off from the next one, the flag was set, and it is given back.
  *  - mremap wants room for some mappings even where it needs none; at vm.max_map_count the way back
  *    would be barred. Spare mappings, made before anything is touched, are given up for it.
  */
@@ -49,7 +53,7 @@ enum { EAGAIN = 11, ENOMEM = 12, EEXIST = 17, EINVAL = 22, EMFILE = 24, ENODATA 
 enum { PROT_NONE = 0, PROT_READ = 1, PROT_RW = 3 };
 enum { MAP_SHARED = 1, MAP_PRIVATE = 2, MAP_FIXED = 0x10, MAP_ANON_NORESERVE = 0x4022 };
 enum { MREMAP_MAYMOVE = 1, MREMAP_FIXED = 2, MREMAP_DONTUNMAP = 4 };
-enum { MADV_DONTFORK = 10, MADV_DONTDUMP = 16, MADV_COLD = 20,
+enum { MADV_DONTFORK = 10, MADV_DONTDUMP = 16, MADV_WIPEONFORK = 18, MADV_COLD = 20,
        MADV_POPULATE_READ = 22, MADV_GUARD_INSTALL = 102 };
 enum { MODE_MISSING = 1, MODE_MINOR = 4, CONTINUE_DONTWAKE = 1, MOVE_ALLOW_HOLES = 2 };
 enum { AF_UNIX = 1, SOCK_DGRAM_CLOEXEC = 0x80002, RECV_FLAGS = 0x40000040, MSG_CTRUNC = 8 };
@@ -71,7 +75,8 @@ enum { O_CLOEXEC_NONBLOCK = 02004000, RLIMIT_NOFILE = 7 };
 
 enum { MODE_WINDOW = 0, MODE_SETUP = 1 };
 enum { OP_MERGE = 0, OP_ZERO = 1, OP_UNMERGE = 2, OP_REMERGE = 3 };
-enum { REC_DONTFORK = 2, REC_DONTDUMP = 4 };
+enum { REC_DONTFORK = 2, REC_DONTDUMP = 4, REC_WIPEONFORK = 8, REC_TRIAL_SHIFT = 8 };
+enum { RES_FLAGGED = 1000 }; /* -result of a record whose mapping has flags: this plus the flags */
 /* stages a record reaches; +100: undone, +200: the undo failed */
 enum { ST_NONE, ST_REGISTERED, ST_ASIDE, ST_EQUAL, ST_MAPPED, ST_FILLED, ST_GUARDED, ST_DONE };
 enum { UNDONE = 100, STUCK = 200 };
@@ -91,6 +96,7 @@ struct header {
     u64 store_offset, store_len;        /* the part of the extent to compare with */
     u64 wake_start, wake_len;
     u64 nfds;                           /* how many descriptors the tracer sends */
+    u64 trials, ntrials;                /* starts of mappings of two pages or more; then their flags */
     /* the stub's own */
     i64 error;
     u64 done, keep;
@@ -103,8 +109,8 @@ struct header {
 _Static_assert(sizeof(struct record) == 56, "stub.py packs 56 bytes");
 _Static_assert(__builtin_offsetof(struct header, phase) == 80, "stub.py reads phase at 80");
 _Static_assert(__builtin_offsetof(struct header, gadget) == 96, "the tail below");
-_Static_assert(__builtin_offsetof(struct header, msghdr) == 312, "stub.py packs msghdr at 312");
-_Static_assert(sizeof(struct header) == 472, "stub.py packs 472 bytes");
+_Static_assert(__builtin_offsetof(struct header, msghdr) == 328, "stub.py packs msghdr at 328");
+_Static_assert(sizeof(struct header) == 488, "stub.py packs 488 bytes");
 
 INLINE i64 call6(i64 nr, u64 a, u64 b, u64 c, u64 d, u64 e, u64 f)
 {
@@ -602,6 +608,60 @@ home:
     lower(h, r, aside);
 }
 
+/* Records of one window are all merges and zeros, or all lifts. */
+INLINE int lifts(struct header *h)
+{
+    return ((struct record *)h->records)->op >= OP_UNMERGE;
+}
+
+/*
+ * Whether the two pages at `start` are one mapping's: a mremap that cannot be done says ENOMEM (2^46
+ * bytes are too many; EAGAIN where they are locked), and EFAULT where the range has two mappings.
+ */
+static int one_mapping(u64 start)
+{
+    i64 ret = call6(SYS_mremap, start, 2 * PAGE, 1UL << 46, 0, 0, 0);
+    return ret == -ENOMEM || ret == -EAGAIN;
+}
+
+/*
+ * Whether advice was given to the mapping that holds the two pages at `start`; the opposite is the
+ * next number. Where the first page cannot be cut off, for want of room, the flag was set, too.
+ */
+static int advised(u64 start, u64 advice)
+{
+    if (!one_mapping(start) || call3(SYS_madvise, start, PAGE, advice + 1))
+        return 1;
+    if (one_mapping(start))
+        return 0;
+    call3(SYS_madvise, start, PAGE, advice);
+    return 1;
+}
+
+static void try_flags(struct header *h)
+{
+    u64 *trial = (u64 *)h->trials;
+
+    for (u64 i = 0; i < h->ntrials && !tracer_dead(h); i++) {
+        u64 flags = advised(trial[i], MADV_DONTFORK) ? REC_DONTFORK : 0;
+        if (advised(trial[i], MADV_DONTDUMP))
+            flags |= REC_DONTDUMP;
+        if (!lifts(h) && advised(trial[i], MADV_WIPEONFORK))
+            flags |= REC_WIPEONFORK;
+        trial[i] = flags;
+    }
+}
+
+/* What is known now of the flags of a record's mapping, in place of what the daemon read before. */
+static void know_flags(struct header *h, struct record *r)
+{
+    u64 number = r->flags >> REC_TRIAL_SHIFT;
+
+    r->flags &= (1 << REC_TRIAL_SHIFT) - 1;
+    if (number)
+        r->flags = (u32)((u64 *)h->trials)[number - 1];
+}
+
 static void mark(struct header *h, u64 phase)
 {
     h->phase = phase;
@@ -619,12 +679,6 @@ static void raise_rlimit(struct header *h)
     new[0] = old[1] - old[0] < 16 ? old[1] : old[0] + 16;
     new[1] = old[1];
     h->rlimit_raised = !call6(SYS_prlimit64, 0, RLIMIT_NOFILE, (u64)new, 0, 0, 0);
-}
-
-/* Records of one window are all merges and zeros, or all lifts. */
-INLINE int lifts(struct header *h)
-{
-    return ((struct record *)h->records)->op >= OP_UNMERGE;
 }
 
 /* Take the descriptors that the tracer queued on our own socket. */
@@ -715,6 +769,8 @@ static void carry_out(struct header *h)
 {
     struct record *r = (struct record *)h->records;
     u64 step = h->fail_step;
+
+    try_flags(h);
     for (u64 i = 0; i < h->nrecords && !h->error; i++, r++) {
         if (tracer_dead(h)) {
             r->result = -EOWNERDEAD;
@@ -725,6 +781,11 @@ static void carry_out(struct header *h)
             continue;
         }
         h->fail_step = h->fail_record == i ? step : 0;
+        know_flags(h, r);
+        if (r->op == OP_MERGE && r->flags) {
+            r->result = -(i64)(RES_FLAGGED + r->flags);
+            continue;
+        }
         switch (r->op) {
         case OP_MERGE:
         case OP_ZERO:

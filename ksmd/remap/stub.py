@@ -15,13 +15,16 @@ MODE_WINDOW: Final = 0
 MODE_SETUP: Final = 1
 STAGE_DONE: Final = 7
 UNDONE: Final = 100
+#: A result below the negative of it: the mapping has flags (Advice), which are the rest.
+FLAGGED: Final = 1000
+_TRIAL_SHIFT: Final = 8
 STUCK: Final = 200
 
 _FIELDS: Final = (
     "mode records nrecords socket alive_fd track guard store pagemap device phase marker gadget"
     " frame scratch scratch_len aside_len fresh_len store_offset store_len wake_start wake_len"
-    " nfds error done keep aside fresh store_map alive_map pid tid rlimit_soft rlimit_hard"
-    " rlimit_raised fail_step fail_errno fail_record spare"
+    " nfds trials ntrials error done keep aside fresh store_map alive_map pid tid rlimit_soft"
+    " rlimit_hard rlimit_raised fail_step fail_errno fail_record spare"
 ).split()
 _INDEX: Final = {name: number for number, name in enumerate(_FIELDS)}
 _HEADER: Final = struct.Struct(f"={len(_FIELDS)}q")
@@ -40,7 +43,8 @@ SYSTEM_CALLS: Final = (3, 9, 10, 11, 15, 16, 17, 25, 27, 28, 39, 41, 47, 186, 23
 class StubRecord:
     """One record in the stub's terms; bytes everywhere.
 
-    ``aside`` is its place in quarantine, ``flags`` are :class:`ksmd.model.window.Advice`.
+    ``aside`` is its place in quarantine, ``flags`` are :class:`ksmd.model.window.Advice`; ``trial``
+    is which of the mappings that are tried for flags it lies in, from 1 on, 0 for none.
     """
 
     op: int
@@ -50,11 +54,13 @@ class StubRecord:
     aside: int
     prot: int = 3
     flags: int = 0
+    trial: int = 0
 
     def pack(self) -> bytes:
         """Give the struct record."""
+        flags = self.flags | self.trial << _TRIAL_SHIFT
         return RECORD.pack(
-            self.start, self.length, self.offset, self.aside, self.op, self.prot, self.flags, 0, -61
+            self.start, self.length, self.offset, self.aside, self.op, self.prot, flags, 0, -61
         )
 
 

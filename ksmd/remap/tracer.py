@@ -150,12 +150,12 @@ class Tracer:
         records = list(wire.unpack_records(payload))
         if any(record[0] >= Op.UNMERGE for record in records):
             _refuse_pins(session.pid)
-        admitted, dropped = admit(session, records, header["inode"])
+        admitted, dropped, trials = admit(session, records, header["inode"])
         outcome = Outcome(threads=len(session.stopped.threads))
         if admitted:
             contexts = Contexts(self._alive.fd, *fds)
             fail = tuple(header.get("fail", (0, 0, 0)))
-            outcome, _ = session.run_stub(admitted, contexts, fail=fail)
+            outcome, _ = session.run_stub(admitted, contexts, trials=trials, fail=fail)
             if not outcome.kept:
                 _refuse_stub_error(outcome)
         ran = iter(outcome.results)

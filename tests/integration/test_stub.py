@@ -124,11 +124,13 @@ def test_header_fields_keep_their_sign() -> None:
 def test_python_packs_records_as_the_compiler_reads_them(built: Path) -> None:
     offsets = _offsets(built)["record"]
     assert offsets.pop("sizeof") == stub.RECORD.size
-    packed = stub.StubRecord(Op.REMERGE, 0x11, 0x22, 0x33, 0x44, prot=5, flags=Advice.DONTFORK)
+    packed = stub.StubRecord(
+        Op.REMERGE, 0x11, 0x22, 0x33, 0x44, prot=5, flags=Advice.DONTFORK, trial=3
+    )
     data = packed.pack()
     expected = {
         "start": 0x11, "length": 0x22, "offset": 0x33, "aside": 0x44,
-        "op": 3, "prot": 5, "flags": 2, "stage": 0, "result": -61,
+        "op": 3, "prot": 5, "flags": 2 | 3 << 8, "stage": 0, "result": -61,
     }  # fmt: skip
     assert set(expected) == set(offsets)
     sizes = {name: "=I" if name in ("op", "prot", "flags", "stage") else "=q" for name in offsets}
@@ -138,10 +140,13 @@ def test_python_packs_records_as_the_compiler_reads_them(built: Path) -> None:
 
 
 def test_stages_and_operations_have_the_numbers_of_the_source() -> None:
-    numbers = dict(re.findall(r"\b(OP_\w+|REC_\w+|UNDONE|STUCK|MODE_SETUP) = (\d+)", SOURCE))
+    numbers = dict(
+        re.findall(r"\b(OP_\w+|REC_\w+|RES_\w+|UNDONE|STUCK|MODE_SETUP) = (\d+)", SOURCE)
+    )
     assert {op: int(numbers[f"OP_{op.name}"]) for op in Op} == {op: op.value for op in Op}
-    advice = {name: int(numbers[f"REC_{name}"]) for name in ("DONTFORK", "DONTDUMP")}
+    advice = {name: int(numbers[f"REC_{name}"]) for name in ("DONTFORK", "DONTDUMP", "WIPEONFORK")}
     assert advice == {name: Advice[name].value for name in advice}
+    assert int(numbers["RES_FLAGGED"]) == stub.FLAGGED
     assert int(numbers["MODE_SETUP"]) == stub.MODE_SETUP
     assert (int(numbers["UNDONE"]), int(numbers["STUCK"])) == (stub.UNDONE, stub.STUCK)
     stages = re.search(r"enum \{ (ST_NONE[^}]*) \}", SOURCE)
