@@ -13,6 +13,7 @@ rule selects now, or that belong to another trust domain now, are unmerged befor
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -28,8 +29,9 @@ from ksmd.daemon.journal import fields
 from ksmd.daemon.pipeline import Pipeline
 from ksmd.daemon.state import Target
 from ksmd.guard import door
-from ksmd.guard.client import Pager, PagerGoneError, PagerRefusedError
+from ksmd.guard.client import Pager
 from ksmd.guard.held import KeptExtent
+from ksmd.guard.line import PagerGoneError, PagerRefusedError
 from ksmd.kernel import memfd, procfs, userfaultfd
 from ksmd.kernel.iouring import PinRing
 from ksmd.model.errors import KsmdError, TargetGoneError
@@ -131,8 +133,9 @@ class Adoption:
         self._choose()
         for target in self._targets:
             target.broken = sys.maxsize  # what was written before our time is no news
-        for _ in self._pipeline.accounting.recount():
-            pass
+        with contextlib.suppress(PagerGoneError):  # it is replaced, and all is counted anew, soon
+            for _ in self._pipeline.accounting.recount():
+                pass
         if not (self._targets.by_slot or self._unverified):
             return
         sharing = self._pipeline.accounting.sharing

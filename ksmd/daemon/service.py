@@ -117,7 +117,7 @@ class Service:
 
     def _start_helpers(self) -> None:
         if not self._pager.alive():
-            self._pager.start()
+            self._pager.restart()  # the one that was adopted may have died since
         for failed in self._pager.failed:
             log.warning("the pager %s", failed)
         self._engine.start()
@@ -172,7 +172,7 @@ class Service:
         return self.pipeline.targets.settings
 
     def _watch_pager(self) -> None:
-        watch_pid(self.loop.selector, self._pager.pid, self._pager_died)
+        watch_pid(self.loop.selector, self._pager.pidfd, self._pager_died)
 
     def _pager_died(self) -> None:
         if self._leaving:

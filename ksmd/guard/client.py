@@ -14,8 +14,6 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-import select
-import signal
 import socket
 import subprocess
 import time
@@ -26,37 +24,28 @@ from ksmd import __version__
 from ksmd.guard import door
 from ksmd.guard.held import Held, KeptExtent, duplicate
 from ksmd.guard.intervals import Intervals
+from ksmd.guard.line import DEADLINE, Line, PagerGoneError, PagerRefusedError
 from ksmd.kernel import channel, libc
-from ksmd.model.errors import KsmdError
 
-#: Seconds after which a pager that does not answer is taken for dead.
-DEADLINE = 10.0
 #: Ranges per message: the pager answers faults between messages only.
 CHUNK = 256
 #: Bytes of an extent that the pager locks at a time: it answers faults in between.
 KEEP_PART = 16 << 20
+#: Pagers that are started in a row when each dies at once.
+RESTARTS = 20
 #: Seconds for the service manager to start another pager that stands by itself.
 SUCCESSOR = 5.0
 
 Ranges = Iterable[tuple[int, int]]
 
 
-class PagerGoneError(KsmdError):
-    """The pager has died or hangs. After ``restart()`` the failed call holds too."""
-
-    def __init__(self, why: str) -> None:
-        super().__init__(f"the pager is gone: {why}", "restart() it; targets wait meanwhile")
-
-
-class PagerRefusedError(KsmdError):
-    """The pager answered with an error: a context that is none, an unknown id."""
-
-
 class Pager:
     """One pager process. Not thread-safe: it belongs to the daemon's main loop.
 
     ``id`` is the daemon's number of a target; it must not be used again for another target.
-    Every call raises PagerGoneError when the pager is gone, PagerRefusedError when it refuses.
+    Calls raise PagerGoneError when the pager is gone, PagerRefusedError when it refuses. Those by
+    which something ends (settle, drop, release, hold_rings) hold without it, since the next pager
+    hears of what is left alone: nobody is to stop half way through giving something up.
     ``failed`` lists what the pager could not do to protect itself, as sentences. ``name`` is what
     a later daemon finds the process by (see door.py); nobody finds one without a name.
 
@@ -69,18 +58,26 @@ class Pager:
 
     def __init__(self, name: str = "") -> None:
         self.name = name
-        self.pid = 0
         self.failed: list[str] = []
         self.highest = 0
         self.standing = False
         self.key = secrets.token_bytes(32)
-        self._end: socket.socket | None = None
+        self._line = Line(self._take)
         self._process: subprocess.Popen[bytes] | None = None
-        self._pidfd = -1
         self._held: dict[int, Held] = {}
         self._children: dict[int, tuple[int, int]] = {}  # key -> id, fd
         self._kept: dict[int, KeptExtent] = {}
         self._rings: dict[int, int] = {}
+
+    @property
+    def pid(self) -> int:
+        """The process, 0 before there was one."""
+        return self._line.pid
+
+    @property
+    def pidfd(self) -> int:
+        """A pidfd of the process, ours: readable once it has ended."""
+        return self._line.pidfd
 
     # life
 
@@ -96,8 +93,8 @@ class Pager:
                 stdout=subprocess.DEVNULL,
                 start_new_session=True,
             )
-        self._attach(mine, self._process.pid)
-        hello = self._receive(time.monotonic() + DEADLINE)
+        self._line.attach(mine, self._process.pid)
+        hello = self._line.receive(time.monotonic() + DEADLINE)
         self.failed = list(hello["failed"])
         self._tell_key()
 
@@ -114,13 +111,13 @@ class Pager:
         daemon owns it. A pager of another version is replaced by one of ours.
         """
         pager = cls(name)
-        pager._end = end
+        pager._line.end = end
         try:
             answer = pager._ask({"do": "claim"})
-            pager._attach(end, int(answer["pid"]))
+            pager._line.attach(end, int(answer["pid"]))
             pager._await_all()
             pager._rings = {
-                ring: libc.pidfd_getfd(pager._pidfd, fd) for ring, fd in answer["rings"]
+                ring: libc.pidfd_getfd(pager._line.pidfd, fd) for ring, fd in answer["rings"]
             }
         except BaseException:
             pager.leave()
@@ -146,16 +143,29 @@ class Pager:
         raise PagerGoneError("it does not tell all that it holds")
 
     def restart(self) -> None:
-        """Replace a pager that is dead or hangs; targets that waited go on."""
+        """Replace a pager that is dead or hangs; targets that waited go on.
+
+        So is one that dies before it has heard everything. PagerGoneError when none lasts.
+        """
+        awaited = self.standing
+        for tries in range(RESTARTS, -1, -1):
+            try:
+                self._replace(awaited)
+                return
+            except PagerGoneError:
+                if not tries:
+                    raise
+
+    def _replace(self, awaited: bool) -> None:
         self.kill()
-        self._collect_news()  # children that it told of before it died are in the queue until now
-        self._detach()
+        # children that it told of before it died are in the queue until now
+        self._line.collect_news()
+        self._line.detach()
         if not self.standing or not self._await_successor():
-            late = self.standing
             self.start()
-            if late and door.standing(self.name):  # it came after all: see Pager.stand
+            if awaited and door.standing(self.name):  # it came after all: see Pager.stand
                 self.standing = True
-                self.restart()
+                self._replace(awaited)
                 return
         if self._rings:
             self._tell_rings()
@@ -175,11 +185,11 @@ class Pager:
                 end = door.knock(pid)
                 if end is not None:
                     with contextlib.suppress(PagerGoneError, PagerRefusedError):
-                        self._attach(end, pid)
+                        self._line.attach(end, pid)
                         self._take_over()
                         self.standing = True
                         return True
-                    self._detach()
+                    self._line.detach()
             time.sleep(0.05)
         return False
 
@@ -199,10 +209,7 @@ class Pager:
 
     def kill(self) -> None:
         """End the process by force. What it guards waits until :meth:`restart`, or is let go."""
-        if self._pidfd >= 0:
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
-            select.select([self._pidfd], [], [], DEADLINE)
+        self._line.kill()
         if self._process is not None:
             self._process.kill()  # does nothing to one that has been waited for
             self._process.wait()
@@ -236,7 +243,7 @@ class Pager:
         self._let_go()
 
     def _let_go(self) -> None:
-        self._detach()
+        self._line.detach()
         for held in self._held.values():
             held.close()
         for _, fd in self._children.values():
@@ -248,15 +255,15 @@ class Pager:
         """Tell whether the process runs."""
         if self._process is not None and self._process.poll() is not None:
             return False
-        return self._pidfd >= 0 and not select.select([self._pidfd], [], [], 0)[0]
+        return self._line.alive()
 
     def fileno(self) -> int:
         """Give the channel's descriptor: readable means news, to be taken by :meth:`pump`."""
-        return self._end.fileno() if self._end is not None else -1
+        return self._line.end.fileno() if self._line.end is not None else -1
 
     def pump(self) -> bool:
         """Take news without waiting; False when the pager is gone."""
-        return self._collect_news() and self.alive()
+        return self._line.collect_news() and self.alive()
 
     # contexts
 
@@ -359,7 +366,7 @@ class Pager:
     def release(self, inode: int) -> None:
         """Let the pager's hold on an extent go: nobody maps it any more."""
         self._kept.pop(inode, None)
-        self._ask({"do": "release", "inode": inode})
+        self._tell_if_there({"do": "release", "inode": inode})
 
     def hold_rings(self, rings: dict[int, int]) -> None:
         """Have the pager hold these io_uring descriptors of ours (by name), and with them our pins.
@@ -368,7 +375,8 @@ class Pager:
         """
         if rings != self._rings:
             self._rings = dict(rings)
-            self._tell_rings()
+            with contextlib.suppress(PagerGoneError):
+                self._tell_rings()
 
     def _tell_rings(self) -> None:
         self._ask({"do": "rings", "pid": os.getpid(), "rings": list(self._rings.items())})
@@ -378,7 +386,7 @@ class Pager:
         held = self._held.pop(target, None)
         if held is not None:
             held.close()
-        self._ask({"do": "drop", "id": target})
+        self._tell_if_there({"do": "drop", "id": target})
 
     def living_children(self) -> int:
         """Count the children of all targets that live and may map the store."""
@@ -395,18 +403,9 @@ class Pager:
 
     # inside
 
-    def _attach(self, end: socket.socket, pid: int) -> None:
-        self._end = end
-        self.pid = pid
-        self._pidfd = os.pidfd_open(pid)
-
-    def _detach(self) -> None:
-        if self._end is not None:
-            self._end.close()
-            self._end = None
-        if self._pidfd >= 0:
-            os.close(self._pidfd)
-            self._pidfd = -1
+    def _tell_if_there(self, header: dict[str, Any]) -> None:
+        with contextlib.suppress(PagerGoneError):
+            self._ask(header)
 
     def _tell(self, target: int, held: Held) -> None:
         ranges = list(held.owed)
@@ -419,43 +418,17 @@ class Pager:
         ranges = list(ranges)
         for start, end in ranges:
             self._held[target].owed.remove(start, end)
-        self._send_ranges(verb, target, ranges)
+        with contextlib.suppress(PagerGoneError):
+            self._send_ranges(verb, target, ranges)
 
     def _send_ranges(self, verb: str, target: int, ranges: list[tuple[int, int]]) -> None:
         for index in range(0, len(ranges), CHUNK):
             self._ask({"do": verb, "id": target, "ranges": ranges[index : index + CHUNK]})
 
     def _ask(self, header: dict[str, Any], *fds: int) -> dict[str, Any]:
-        deadline = time.monotonic() + DEADLINE
-        end = self._channel()
-        end.settimeout(DEADLINE)
-        try:
-            channel.send(end, header, fds=fds)
-        except (channel.PeerGoneError, TimeoutError) as error:
-            raise PagerGoneError("its channel is closed or full") from error
-        while True:
-            answer = self._receive(deadline)
-            if "ok" in answer:
-                break
-        if not answer["ok"]:
-            raise PagerRefusedError(f"the pager refuses {header['do']}: {answer['error']}")
-        return answer
+        return self._line.ask(header, *fds)
 
-    def _channel(self) -> socket.socket:
-        if self._end is None:
-            raise PagerGoneError("it was not started")
-        return self._end
-
-    def _receive(self, deadline: float) -> dict[str, Any]:
-        """Take one message; news are noted before they are returned."""
-        end = self._channel()
-        end.settimeout(max(0.001, deadline - time.monotonic()))
-        try:
-            header, _, fds = channel.receive(end)
-        except channel.PeerGoneError as error:
-            raise PagerGoneError("it closed its channel") from error
-        except TimeoutError as error:
-            raise PagerGoneError(f"no answer in {DEADLINE:g} s") from error
+    def _take(self, header: dict[str, Any], fds: list[int]) -> None:
         if header.get("event") == "context":
             self._hold(header, fds)
         elif header.get("event") == "extent":
@@ -467,7 +440,6 @@ class Pager:
         elif header.get("event") == "gone":
             for key in header["keys"]:
                 self._release(key)
-        return header
 
     def _hold(self, header: dict[str, Any], fds: list[int]) -> None:
         target, key = int(header["id"]), int(header["key"])
@@ -487,13 +459,3 @@ class Pager:
         child = self._children.pop(key, None)
         if child is not None:
             os.close(child[1])
-
-    def _collect_news(self) -> bool:
-        if self._end is None:
-            return False
-        while select.select([self._end], [], [], 0)[0]:
-            try:
-                self._receive(time.monotonic() + DEADLINE)
-            except PagerGoneError:
-                return False
-        return True

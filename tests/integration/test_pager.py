@@ -19,7 +19,8 @@ from typing import Any
 import pytest
 
 from ksmd.guard import door
-from ksmd.guard.client import Pager, PagerGoneError, PagerRefusedError
+from ksmd.guard.client import Pager
+from ksmd.guard.line import PagerGoneError, PagerRefusedError
 from ksmd.guard.selftest import run as selftest
 from ksmd.kernel import channel, iouring, libc, memfd, userfaultfd
 from ksmd.model.units import PAGE_SIZE
@@ -355,6 +356,48 @@ def test_children_that_were_told_stay_guarded_when_the_pager_is_replaced(
     assert target.result()["bad"] == 0
 
 
+def test_a_pager_that_dies_before_it_has_heard_everything_is_replaced_too(
+    start: Start, pager: Pager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = start("families", arg=10)
+    target.hear("d")
+    assert pager.stats()["forks"] == 10
+    os.kill(pager.pid, signal.SIGKILL)
+    target.tell()
+    commands = iter([["false"], ["sleep", "0"]])
+    command = door.command
+    monkeypatch.setattr(door, "command", lambda *words: next(commands, command(*words)))
+    pager.restart()
+    assert next(commands, None) is None
+    target.hear("e")
+    target.tell()
+    assert target.result()["bad"] == 0
+
+
+def test_what_ends_while_the_pager_is_dead_is_not_told_to_the_next(
+    start: Start, pager: Pager
+) -> None:
+    target, other = start("waits"), start("waits")
+    for one in (target, other):
+        one.hear("d")
+    pager.extend(target.pid, [(0x1000, 0x2000)])
+    os.kill(pager.pid, signal.SIGKILL)
+    _until(lambda: not pager.alive())
+    pager.settle_all(target.pid)
+    pager.drop(other.pid)
+    pager.release(1)
+    assert pager.unsettled == []
+    with pytest.raises(PagerGoneError):  # but nothing new begins without it
+        pager.extend(target.pid, [(0x1000, 0x2000)])
+    pager.settle_all(target.pid)
+    pager.restart()
+    assert pager.ids == [target.pid]
+    assert pager.stats()["contexts"] == 1
+    target.tell()
+    assert target.result()["bad"] == 0
+    other.end()
+
+
 def test_the_pager_outlives_the_daemon_and_leaves_after_the_last_target(
     start: Start, pager: Pager
 ) -> None:
@@ -483,10 +526,10 @@ def test_malformed_messages_are_answered_with_an_error_and_harm_nobody(
     ):
         with pytest.raises(PagerRefusedError):
             pager._ask({"do": None, **header})
-    assert pager._end is not None
+    assert pager._line.end is not None
     for raw in (b"x", b"\xff\xff\xff\xff", b"\x02\0\0\0[]", b"\x01\0\0\0{"):
-        pager._end.send(raw)
-        header, _, _ = channel.receive(pager._end)
+        pager._line.end.send(raw)
+        header, _, _ = channel.receive(pager._line.end)
         assert not header["ok"], raw
     with pytest.raises(PagerRefusedError, match="guarded already"):
         pager._ask({"do": "guard", "id": target.pid}, target.context)

@@ -25,6 +25,7 @@ from harness import (
 )
 
 from ksmd.client import Client
+from ksmd.guard import door
 from ksmd.model.errors import KsmdError
 
 pytestmark = pytest.mark.root
@@ -148,6 +149,22 @@ def test_when_the_pager_is_killed_during_scans_the_next_scan_goes_on(pair, daemo
         assert oracle.share() == 1
         daemon.give_back()
         check_all(pair)
+
+
+def test_pagers_that_are_killed_on_their_way_up_do_not_take_the_daemon_along(pair, daemons):
+    oracle = Oracle(*pair)
+    daemon = daemons(settings_for(*pair) | CROWDED)
+    daemon.scan()
+    for _ in range(8):
+        (pid,) = until(lambda: door.pagers(str(daemon.socket)), "a pager")
+        Held(pid).end()
+    use(pair)
+    assert daemon.process.poll() is None
+    daemon.allow_again()
+    daemon.scan()
+    assert oracle.share() > 0.95
+    assert daemon.stop() == 0
+    check_all(pair)
 
 
 def test_when_the_tracer_is_killed_between_scans_the_next_scan_goes_on(pair, daemons):
