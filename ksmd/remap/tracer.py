@@ -194,8 +194,9 @@ def main(arguments: list[str]) -> int:
     with contextlib.suppress(KsmdError):  # without CAP_SYS_RESOURCE: stubs survive our death
         risks.set_oom_score_adj(os.getpid(), -900)
     tracer = Tracer(end)
-    channel.send(end, {"ready": os.getpid()})
-    tracer.serve()
+    with contextlib.suppress(channel.PeerGoneError):  # the daemon died meanwhile
+        channel.send(end, {"ready": os.getpid()})
+        tracer.serve()
     return 0
 
 
