@@ -73,7 +73,9 @@ class Lives:
     def pager(self) -> Held:
         """Give the pager that guards now."""
         (pid,) = door.pagers(str(self._directory / "ksmd.sock"))
-        return self._pagers.setdefault(pid, Held(pid))
+        if pid not in self._pagers:
+            self._pagers[pid] = Held(pid)
+        return self._pagers[pid]
 
     def kill(self, *, tracer: bool = False) -> None:
         """SIGKILL the daemon; the tracer just before it, if asked for."""
@@ -82,7 +84,7 @@ class Lives:
         if held is not None:
             held.end()
         self.daemon.process.kill()
-        self._end()
+        self.buried()
 
     def start_in_vain(self, seconds: float) -> None:
         """Start one with the latest settings, and SIGKILL it on its way up, or soon after."""
@@ -104,10 +106,11 @@ class Lives:
     def stop(self) -> int:
         """Have the daemon stop as its settings say; its exit code."""
         code = self.daemon.stop()
-        self._end()
+        self.buried()
         return code
 
-    def _end(self) -> None:
+    def buried(self) -> None:
+        """Note the end of a daemon that was killed."""
         self.daemon.process.wait(PATIENCE)
         self.logs.append(self.daemon.log())
 
