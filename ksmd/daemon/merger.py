@@ -345,6 +345,8 @@ class Merger:
         # what a window left whose tracer died is settled by the next one that finds no stub at work
         if done.refused is None or not (done.lost or left_over):
             self._pager.settle_all(target.slot)
+        if done.lost:  # a stub that is at work may have guarded what is read next, see _equal_again
+            target.memory.may_pin = False
         now = time.monotonic()
         target.last_window = now
         if done.refused is Reason.GONE:
@@ -429,8 +431,8 @@ class Merger:
             for page in broken[target.pagemap.exclusive_of(broken)].tolist():
                 offset = vma.offset + (page << PAGE_SHIFT) - vma.start
                 index = extent.index(offset)
-                view = domain.checksummer.buffer[: 1 << PAGE_SHIFT]
-                target.memory.read_exclusive_into(page << PAGE_SHIFT, view)
+                # never so that we wait for a page: the pager may be dead, and we its only heir
+                view = target.memory.read(page << PAGE_SHIFT, 1 << PAGE_SHIFT)
                 if 0 <= index < extent.npages and extent.view(index, 1) == view:
                     found[extent.number].append(
                         Record(Op.REMERGE, page << PAGE_SHIFT, 1 << PAGE_SHIFT, offset)

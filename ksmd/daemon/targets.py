@@ -312,7 +312,8 @@ class Targets:
         target.mappings = [Mapping(vma, extents[vma.inode]) for vma in vmas if ours(vma)]
         target.handles_faults = any(vma.flags & _FAULT_FLAGS and not ours(vma) for vma in vmas)
         answers_faults = target.handles_faults or risks.may_answer_faults(target.pid)
-        target.memory.may_pin = not answers_faults
+        # nor may we wait for our own pager, who may be dead and waits for us then
+        target.memory.may_pin = not (answers_faults or target.slot in self._pager.unsettled)
         target.areas, target.refused_ranges = areas(
             vmas, target.selected.regions, also=target.selected.also, merged_by_us=ours
         )

@@ -94,13 +94,16 @@ class Butcher:
         if "daemon" in victims:
             self._lives.buried()
             self._lives.start(settings, paused=False)
-        until(self._served, "a pager")
+        old = victims["pager"].pid if "pager" in victims else 0
+        until(lambda: self._served(old), "a pager")
+        with Client(self._lives.daemon.socket, PATIENCE) as ksmd:
+            ksmd.call("GetApiVersion")  # it answers when the pager has been told everything
         return set(victims)
 
-    def _served(self) -> bool:
+    def _served(self, old: int) -> bool:
         daemon = self._lives.daemon
         assert daemon.process.poll() is None, f"the daemon ended: {daemon.log()}"
-        return len(door.pagers(str(daemon.socket))) == 1
+        return len(pagers := door.pagers(str(daemon.socket))) == 1 and pagers != [old]
 
     def _find(self, whom: set[str]) -> dict[str, Held]:
         daemon = self._lives.daemon
