@@ -34,7 +34,7 @@ SEED = int(os.environ.get("KSMD_SOAK_SEED", "1"))
 PAGES = 1536
 
 #: Who dies together. A pager of the daemon's own may not die with it: see ksmd.safety(7).
-OWN = ["daemon", "tracer", "tracer", "pager", "pager", "daemon tracer", "tracer pager"]
+OWN = [*["tracer"] * 4, *["pager"] * 4, *["tracer pager"] * 2, "daemon", "daemon tracer"]
 STANDING = [*OWN, "daemon pager", "daemon pager tracer"]
 
 
