@@ -28,7 +28,7 @@ from ksmd.daemon.bequest import STEP_PAGES, ExtentLabel, TargetLabel
 from ksmd.daemon.journal import fields
 from ksmd.daemon.pipeline import Pipeline
 from ksmd.daemon.state import Target
-from ksmd.guard import door
+from ksmd.guard import door, shadow
 from ksmd.guard.client import Pager
 from ksmd.guard.held import KeptExtent
 from ksmd.guard.line import PagerGoneError, PagerRefusedError
@@ -54,6 +54,7 @@ def find_pager(name: str, patience: float = _PATIENCE_SECS) -> Pager | None:
     The name of both is the control socket's path. KsmdError when the earlier daemon lives, and has
     done so for *patience* seconds.
     """
+    _dispel(name)
     found = []
     for pid in door.pagers(name):
         try:
@@ -79,6 +80,16 @@ def find_pager(name: str, patience: float = _PATIENCE_SECS) -> Pager | None:
         first.standing = True
         first.restart()
     return first
+
+
+def _dispel(name: str) -> None:
+    """End what a pager that was killed leaves for a moment: it would pass for a guard."""
+    for pid in door.left_shadows(name):
+        with contextlib.suppress(ProcessLookupError):
+            pidfd = os.pidfd_open(pid)
+            if pid in door.left_shadows(name):
+                shadow.dispel(pidfd)
+            os.close(pidfd)
 
 
 def _claim(pid: int, name: str, patience: float) -> Pager | None:

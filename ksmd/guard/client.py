@@ -95,6 +95,7 @@ class Pager:
             )
         self._line.attach(mine, self._process.pid)
         hello = self._line.receive(time.monotonic() + DEADLINE)
+        self._line.see(hello["shadow"])
         self.failed = list(hello["failed"])
         self._tell_key()
 
@@ -115,6 +116,7 @@ class Pager:
         try:
             answer = pager._ask({"do": "claim"})
             pager._line.attach(end, int(answer["pid"]))
+            pager._line.see(answer.get("shadow", 0))
             pager._await_all()
             pager._rings = {
                 ring: libc.pidfd_getfd(pager._line.pidfd, fd) for ring, fd in answer["rings"]
@@ -133,6 +135,7 @@ class Pager:
     def _await_all(self) -> None:
         deadline = time.monotonic() + DEADLINE
         while time.monotonic() < deadline:
+            self.living_children()  # the dead count for nothing
             held = self.stats()
             if (held["contexts"], held["children"], held["extents"]) == (
                 len(self._held),
@@ -160,6 +163,7 @@ class Pager:
         self.kill()
         # children that it told of before it died are in the queue until now
         self._line.collect_news()
+        self._inherit()
         self._line.detach()
         if not self.standing or not self._await_successor():
             self.start()
@@ -167,15 +171,25 @@ class Pager:
                 self.standing = True
                 self._replace(awaited)
                 return
+        # those that are born from now on, it will have told us of itself
+        children = list(self._children.items())
         if self._rings:
             self._tell_rings()
         for extent in self._kept.values():
             self._keep(extent)
         for target, held in self._held.items():
             self._tell(target, held)
-        for key, (target, fd) in list(self._children.items()):
+        for key, (target, fd) in children:
             # a child of an unfinished stop window would be owed pages; fork has copied them
             self._ask({"do": "guard", "id": target, "child": key}, fd)
+
+    def _inherit(self) -> None:
+        """Take over the children of whom the dead pager could not tell us any more."""
+        known = [fd for held in self._held.values() for fd in held.fds]
+        known += [fd for _, fd in self._children.values()]
+        for fd in self._line.inherit(known):
+            # whose child it is nobody knows, and the guard need not
+            self._children[max(self._children, default=0) + 1] = 0, fd
 
     def _await_successor(self) -> bool:
         """Wait for the next pager that its service manager starts, and take it over."""
@@ -196,7 +210,7 @@ class Pager:
     def _take_over(self) -> None:
         """Learn what the service manager alone still held (children), and have all let go there."""
         targets, extents = set(self._held), set(self._kept)
-        self._ask({"do": "claim"})
+        self._line.see(self._ask({"do": "claim"})["shadow"])
         deadline = time.monotonic() + DEADLINE
         while self.stats()["untold"] and time.monotonic() < deadline:
             pass
@@ -230,6 +244,7 @@ class Pager:
                 self._process.wait(DEADLINE)
         if force:
             self.kill()
+            self._line.inherit(())
             left = True
         self._let_go()
         return left

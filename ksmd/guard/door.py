@@ -21,6 +21,7 @@ import socket
 import sys
 from collections.abc import Iterator
 
+from ksmd.guard import shadow
 from ksmd.kernel import channel, libc, procfs
 from ksmd.model.errors import KsmdError
 
@@ -79,14 +80,31 @@ def standing(name: str = "") -> list[int]:
     ]
 
 
-def _commands() -> Iterator[tuple[int, list[bytes]]]:
+def left_shadows(name: str) -> list[int]:
+    """Give the pids of the shadows of pagers that are dead and were started under *name*."""
+    there = set(pagers(name))
+    return [
+        pid
+        for pid, words in _commands(shadow.MODULE)
+        if words[1] == os.fsencode(name) and _parent(pid) not in there
+    ]
+
+
+def _parent(pid: int) -> int:
+    try:
+        return int(procfs.status_fields(pid)["PPid"])
+    except KsmdError:
+        return 0
+
+
+def _commands(module: str = MODULE) -> Iterator[tuple[int, list[bytes]]]:
     """Give the pid and the last two arguments of everything that looks like a pager."""
     for pid in procfs.pids():
         try:
             words = procfs.read_process(pid, "cmdline").split(b"\0")
         except KsmdError:
             continue
-        if words[-5:-3] == [b"-m", MODULE.encode()]:
+        if words[-5:-3] == [b"-m", module.encode()]:
             yield pid, words[-3:-1]
 
 

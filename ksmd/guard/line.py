@@ -8,9 +8,10 @@ import select
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
+from ksmd.guard import shadow
 from ksmd.kernel import channel
 from ksmd.model.errors import KsmdError
 
@@ -39,19 +40,42 @@ class Line:
         self.pid = 0
         self.pidfd = -1
         self.end: socket.socket | None = None
+        self._shadow = 0, -1
         self._take = take
 
     def attach(self, end: socket.socket, pid: int) -> None:
         """Speak through *end* to the process *pid*, which may have ended. PagerGoneError."""
         self.end = end
         self.pid = pid
+        self._lose_shadow()
         try:
             self.pidfd = os.pidfd_open(pid)
         except ProcessLookupError as error:
             raise PagerGoneError(f"process {pid} has ended") from error
 
+    def see(self, pid: int) -> None:
+        """Note the pid of the shadow that the pager has told of; 0: it has none."""
+        self._lose_shadow()
+        if pid:
+            with contextlib.suppress(ProcessLookupError):
+                self._shadow = pid, os.pidfd_open(pid)
+
+    def inherit(self, known: Collection[int]) -> list[int]:
+        """Take what a pager that is dead held beside *known*: see shadow.py."""
+        found = []
+        if self._shadow[1] >= 0:
+            found = shadow.inherit(*self._shadow, known)
+        self._lose_shadow()
+        return found
+
+    def _lose_shadow(self) -> None:
+        if self._shadow[1] >= 0:
+            os.close(self._shadow[1])
+        self._shadow = 0, -1
+
     def detach(self) -> None:
-        """Let go of both."""
+        """Let go of everything."""
+        self._lose_shadow()
         if self.end is not None:
             self.end.close()
             self.end = None

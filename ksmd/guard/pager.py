@@ -29,13 +29,14 @@ Messages (``do``), each answered with {"ok": true, ...} or {"ok": false, "error"
               ``children``.
 ``hand-over`` + 1 fd, at the door alone: a further channel's end.
 ``claim``     the sender is the owner from now on, if no other lives: it is told of all contexts
-              and extents. -> {pid, version, standing, secret, highest, rings}; ``highest`` is the
+              and extents. -> {pid, shadow, version, standing, secret, highest,
+              rings}; ``highest`` is the
               highest id ever used, ``rings`` are to be taken by pidfd_getfd.
 ``quit``      leave, if no context is held; who stands by itself stays, and lets go of the rest.
 ``clear``     let go of everything, for the owner holds it all and will tell it anew.
 
-News for the owner: {"event": "hello", pid, failed, nofile} at start; for each new child {"event":
-"context", id, key} + fd, so that a second process holds what a restarted pager needs; and
+News for the owner: {"event": "hello", pid, shadow, failed, nofile} at start; for each new child
+{"event": "context", id, key} + fd, so that a second process holds what a restarted pager needs; and
 {"event": "gone", keys}. After ``claim`` also each target's {"event": "context", id, key: 0, ranges,
 about} + fds and {"event": "extent", inode, offset, length, about} + fd.
 """
@@ -54,7 +55,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ksmd import __version__
-from ksmd.guard import door, settle
+from ksmd.guard import door, settle, shadow
 from ksmd.guard.keeper import Keeper
 from ksmd.guard.stored import Header, Stored
 from ksmd.guard.watch import Ranges, Watch
@@ -88,7 +89,8 @@ def _ranges(header: dict[str, Any]) -> Ranges:
 class Pager:
     """The loop and the verbs of its channels."""
 
-    def __init__(self, inner: socket.socket, stored: Stored | None = None) -> None:
+    def __init__(self, inner: socket.socket, stored: Stored | None = None, shadow: int = 0) -> None:
+        self._shadow = shadow
         self._epoll = select.epoll()
         self._door = inner
         self._epoll.register(inner.fileno(), select.EPOLLIN)
@@ -111,7 +113,13 @@ class Pager:
         self._owner = self._connect(end)
         nofile = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self._owner.answers.append(
-            {"event": "hello", "pid": os.getpid(), "failed": failed, "nofile": nofile}
+            {
+                "event": "hello",
+                "pid": os.getpid(),
+                "shadow": self._shadow,
+                "failed": failed,
+                "nofile": nofile,
+            }
         )
         self._run()
 
@@ -386,6 +394,7 @@ class Pager:
         self._untold = list(self._keeper)
         return {
             "pid": os.getpid(),
+            "shadow": self._shadow,
             "version": __version__,
             "standing": self._standing,
             "secret": self._secret,
@@ -440,18 +449,23 @@ def main(arguments: list[str]) -> int:
     if first == door.STANDING:
         inherited, _ = sdnotify.take_inherited(os.environ)
         inherited = [one._replace(fd=door.moved(one.fd)) for one in inherited]
-        pager = Pager(door.build(), Stored(os.environ.pop("NOTIFY_SOCKET", ""), inherited))
+        inner = door.build()
+        shade = shadow.cast(door.MODULE)
+        pager = Pager(inner, Stored(os.environ.pop("NOTIFY_SOCKET", ""), inherited), shade)
         pager.heed_term()
         for failed in settle.in_place():
             settle.complain(failed)
         pager.stand("".join(arguments[1:]))
     else:
         fd = door.moved(int(first))
-        pager = Pager(door.build())
+        inner = door.build()
+        shade = shadow.cast(door.MODULE)
+        pager = Pager(inner, shadow=shade)
         pager.serve(
             socket.socket(fileno=fd),
             settle.in_place(signal.SIGTERM),
         )
+    shadow.end(shade)
     return 0
 
 

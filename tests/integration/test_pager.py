@@ -11,6 +11,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -352,6 +353,72 @@ def test_children_that_were_told_stay_guarded_when_the_pager_is_replaced(
     assert told["children"] + told["reaped"] >= 30  # the first have ended by now
     target.hear("e")
     assert pager.children(target.pid) == 0
+    target.tell()
+    assert target.result()["bad"] == 0
+
+
+def test_a_child_of_whom_the_dying_pager_told_nobody_stays_guarded(
+    start: Start, pager: Pager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setenv("MORTAL_FORK", "5")
+        mortal = [sys.executable, "-P", str(Path(__file__).with_name("mortal_pager.py"))]
+        patch.setattr(door, "command", lambda *words: [*mortal, *map(str, words)])
+        pager.restart()
+    target = start("families", arg=10)
+    _until(lambda: not pager.alive())
+    assert len(pager._children) < 5
+    pager.restart()
+    target.hear("d")
+    assert pager.stats()["children"] == 10
+    target.tell()
+    target.hear("e")
+    target.tell()
+    assert target.result()["bad"] == 0
+
+
+def test_the_shadow_of_a_pager_ends_with_it_or_soon_after(pager: Pager) -> None:
+    def shadows(pid: int) -> list[int]:
+        return [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+    (first,) = shadows(pager.pid)
+    watch = os.pidfd_open(first)
+    assert Path(f"/proc/{first}/comm").read_text() == "ksmd-shadow\n"
+    assert b"ksmd.guard.shade" in Path(f"/proc/{first}/cmdline").read_bytes()
+    os.kill(pager.pid, signal.SIGKILL)
+    began = time.monotonic()
+    with pytest.raises(PagerGoneError):  # at once, although its end of the channel is open
+        pager.stats()
+    assert time.monotonic() - began < 5
+    assert select.select([watch], [], [], PATIENCE)[0], "it stays"
+    os.close(watch)
+    pager.restart()
+    (second,) = shadows(pager.pid)
+    watch = os.pidfd_open(second)
+    assert pager.close()
+    assert select.select([watch], [], [], 1)[0], "a pager that leaves leaves it behind"
+    os.close(watch)
+
+
+def test_a_child_that_is_born_while_a_pager_is_replaced_is_held_once(
+    start: Start, pager: Pager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = start("families", arg=300)
+    target.process.send_signal(signal.SIGSTOP)
+    assert pager.stats()["forks"] < 300, "it was too fast"
+    tell = pager._tell
+
+    def tell_and_wait(*arguments: Any) -> None:
+        tell(*arguments)
+        target.process.send_signal(signal.SIGCONT)
+        _until(lambda: pager.stats()["forks"] > 0)
+
+    monkeypatch.setattr(pager, "_tell", tell_and_wait)
+    pager.restart()
+    target.hear("d")
+    assert pager.stats()["children"] == len(pager._children) == 300
+    target.tell()
+    target.hear("e")
     target.tell()
     assert target.result()["bad"] == 0
 

@@ -72,7 +72,10 @@ class Lives:
 
     def pager(self) -> Held:
         """Give the pager that guards now."""
-        (pid,) = door.pagers(str(self._directory / "ksmd.sock"))
+        name = str(self._directory / "ksmd.sock")
+        # one that held nothing when its daemon was killed may be on its way out
+        until(lambda: len(door.pagers(name)) == 1, "one pager")
+        (pid,) = door.pagers(name)
         if pid not in self._pagers:
             self._pagers[pid] = Held(pid)
         return self._pagers[pid]
