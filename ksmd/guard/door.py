@@ -85,7 +85,7 @@ def left_shadows(name: str) -> list[int]:
     there = set(pagers(name))
     return [
         pid
-        for pid, words in _commands(shadow.MODULE)
+        for pid, words in _commands(shadows=True)
         if words[1] == os.fsencode(name) and _parent(pid) not in there
     ]
 
@@ -97,14 +97,20 @@ def _parent(pid: int) -> int:
         return 0
 
 
-def _commands(module: str = MODULE) -> Iterator[tuple[int, list[bytes]]]:
-    """Give the pid and the last two arguments of everything that looks like a pager."""
+def _commands(*, shadows: bool = False) -> Iterator[tuple[int, list[bytes]]]:
+    """Give the pid and the last two arguments of everything that looks like a pager.
+
+    Or like the shadow of one.
+    """
     for pid in procfs.pids():
         try:
             words = procfs.read_process(pid, "cmdline").split(b"\0")
+            if words[-5:-3] != [b"-m", MODULE.encode()]:
+                continue
+            shade = procfs.read_process(pid, "comm").strip() == shadow.COMM.encode()
         except KsmdError:
             continue
-        if words[-5:-3] == [b"-m", module.encode()]:
+        if shade == shadows:
             yield pid, words[-3:-1]
 
 

@@ -440,6 +440,13 @@ def _fds() -> int:
         return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
+def _shadow() -> tuple[int, list[str]]:
+    try:
+        return shadow.cast(), []
+    except OSError as error:
+        return 0, [f"cannot cast a shadow: {error}"]
+
+
 def main(arguments: list[str]) -> int:
     """Run the pager on the channel whose descriptor is the first argument, or by itself."""
     first = arguments[0] if arguments else ""
@@ -450,20 +457,20 @@ def main(arguments: list[str]) -> int:
         inherited, _ = sdnotify.take_inherited(os.environ)
         inherited = [one._replace(fd=door.moved(one.fd)) for one in inherited]
         inner = door.build()
-        shade = shadow.cast(door.MODULE)
+        shade, failed = _shadow()
         pager = Pager(inner, Stored(os.environ.pop("NOTIFY_SOCKET", ""), inherited), shade)
         pager.heed_term()
-        for failed in settle.in_place():
-            settle.complain(failed)
+        for sentence in failed + settle.in_place():
+            settle.complain(sentence)
         pager.stand("".join(arguments[1:]))
     else:
         fd = door.moved(int(first))
         inner = door.build()
-        shade = shadow.cast(door.MODULE)
+        shade, failed = _shadow()
         pager = Pager(inner, shadow=shade)
         pager.serve(
             socket.socket(fileno=fd),
-            settle.in_place(signal.SIGTERM),
+            failed + settle.in_place(signal.SIGTERM),
         )
     shadow.end(shade)
     return 0

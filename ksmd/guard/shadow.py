@@ -3,76 +3,68 @@
 fork of a guarded process makes a context for the child, which comes to be in the table of whoever
 reads the FORK event; and the parent goes on before read(2) has returned. A pager that is killed
 between that and telling the daemon would let the child's guard fall. So the table has a second
-owner: a clone(2) of the pager with CLONE_FILES, which shares no memory. When the pager has died it
-hangs up on everybody, as the kernel would have done, and lasts for a moment; the daemon takes out
-of it whatever nobody has told it of, and ends it (:func:`inherit`).
+owner: a clone(2) of the pager with CLONE_FILES, and with CLONE_VM, so that it takes no memory. When
+the pager has died it hangs up on everybody, as the kernel would have done, and lasts for a moment;
+the daemon takes out of it whatever nobody has told it of, and ends it (:func:`inherit`).
 
-It is found by its command line, a pager's with another module.
+What it runs is shadow.S. In /proc it looks like the pager, but for its name.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import select
 import signal
-import time
+import struct
 from collections.abc import Collection
-from typing import Final, NoReturn
+from typing import Final
 
 from ksmd.kernel import libc, userfaultfd
 
-#: In place of the pager's module in the command line, and as long.
-MODULE: Final = "ksmd.guard.shade"
 COMM: Final = "ksmd-shadow"
 #: Seconds that it lasts for a daemon to come: one that lives is there in some milliseconds.
-LASTS: Final = 2.0
+LASTS: Final = 2
 
-_NR_CLONE: Final = 56
-_NR_SHUTDOWN: Final = 48
+_CLONE_VM: Final = 0x100
 _CLONE_FILES: Final = 0x400
 _KCMP_FILE: Final = 0
+_PAGE: Final = 4096
 _ENDS: Final = 10.0
 
 
-def cast(module: str) -> int:
-    """Start the shadow of this process, whose command line names *module*; its pid.
-
-    All that needs a descriptor is done before, for the table is one from then on.
-    """
-    with open("/proc/self/stat", encoding="ascii") as file:  # noqa: PTH123 - no pathlib in here
-        fields = file.read().rpartition(")")[2].split()
-    start, end = int(fields[45]), int(fields[46])  # arg_start, arg_end
+def cast() -> int:
+    """Start the shadow of this process; its pid. OSError."""
+    code = _code()
+    kind = libc.MAP_PRIVATE | libc.MAP_ANONYMOUS
+    room = libc.mmap(0, _PAGE, libc.PROT_READ | libc.PROT_WRITE, kind)  # data below, stack above
     pidfd = os.pidfd_open(os.getpid())
-    words = ctypes.string_at(start, end - start)
-    pid = libc.syscall("clone", _NR_CLONE, _CLONE_FILES | signal.SIGCHLD, 0, 0, 0, 0)
-    if not pid:
-        at = words.find(module.encode() + b"\0")
-        if at >= 0:
-            ctypes.memmove(start + at, MODULE.encode(), len(MODULE))
-        _last(pidfd)
-    return pid
-
-
-def _last(pager: int) -> NoReturn:
+    libc.view(room, 24)[:] = struct.pack("=ihhqq", pidfd, select.POLLIN, 0, LASTS, 0)
+    # its handlers are Python's, and would act in the pager
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    name = open("/proc/self/comm", encoding="utf-8")  # noqa: PTH123, SIM115 - no pathlib in here
+    with name:
+        ours = name.read().strip()
+    libc.set_name(COMM)
     try:
-        for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)
-        libc.set_name(COMM)
-        poll = select.poll()
-        poll.register(pager, select.POLLIN)
-        poll.poll()
-        for name in os.listdir("/proc/self/fd"):  # noqa: PTH208
-            with contextlib.suppress(OSError):
-                libc.syscall("shutdown", _NR_SHUTDOWN, int(name), 2)
-        time.sleep(LASTS)
+        return libc.clone(code, room + _PAGE, _CLONE_VM | _CLONE_FILES | signal.SIGCHLD, room)
     finally:
-        os._exit(0)
+        libc.set_name(ours)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def _code() -> int:
+    fd = os.open(os.path.join(os.path.dirname(__file__), "shadow.bin"), os.O_RDONLY)  # noqa: PTH118, PTH120
+    try:
+        return libc.mmap(0, _PAGE, libc.PROT_READ | libc.PROT_EXEC, libc.MAP_PRIVATE, fd)
+    finally:
+        os.close(fd)
 
 
 def end(pid: int) -> None:
-    """End the shadow of this process, which is about to leave."""
+    """End the shadow of this process, which is about to leave; 0: it has none."""
+    if not pid:
+        return
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
 

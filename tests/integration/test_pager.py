@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from ksmd.guard import door
+from ksmd.guard import door, shadow
 from ksmd.guard.client import Pager
 from ksmd.guard.line import PagerGoneError, PagerRefusedError
 from ksmd.guard.selftest import run as selftest
@@ -377,6 +377,14 @@ def test_a_child_of_whom_the_dying_pager_told_nobody_stays_guarded(
     assert target.result()["bad"] == 0
 
 
+def test_the_shadow_runs_what_its_source_says(tmp_path: Path) -> None:
+    source = Path(shadow.__file__).with_name("shadow.S")
+    built, image = tmp_path / "shadow.o", tmp_path / "shadow.bin"
+    subprocess.run(["as", source, "-o", built], check=True)
+    subprocess.run(["objcopy", "-O", "binary", "-j", ".text", built, image], check=True)
+    assert image.read_bytes() == source.with_suffix(".bin").read_bytes()
+
+
 def test_the_shadow_of_a_pager_ends_with_it_or_soon_after(pager: Pager) -> None:
     def shadows(pid: int) -> list[int]:
         return [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
@@ -384,7 +392,7 @@ def test_the_shadow_of_a_pager_ends_with_it_or_soon_after(pager: Pager) -> None:
     (first,) = shadows(pager.pid)
     watch = os.pidfd_open(first)
     assert Path(f"/proc/{first}/comm").read_text() == "ksmd-shadow\n"
-    assert b"ksmd.guard.shade" in Path(f"/proc/{first}/cmdline").read_bytes()
+    assert Path(f"/proc/{pager.pid}/comm").read_text() == "ksmd-pager\n"
     os.kill(pager.pid, signal.SIGKILL)
     began = time.monotonic()
     with pytest.raises(PagerGoneError):  # at once, although its end of the channel is open
