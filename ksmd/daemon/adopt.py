@@ -29,7 +29,7 @@ from ksmd.daemon.journal import fields
 from ksmd.daemon.pipeline import Pipeline
 from ksmd.daemon.state import Target
 from ksmd.guard import door, shadow
-from ksmd.guard.client import Pager
+from ksmd.guard.client import SUCCESSOR, Pager
 from ksmd.guard.held import KeptExtent
 from ksmd.guard.line import PagerGoneError, PagerRefusedError
 from ksmd.kernel import memfd, procfs, userfaultfd
@@ -83,13 +83,26 @@ def find_pager(name: str, patience: float = _PATIENCE_SECS) -> Pager | None:
 
 
 def _dispel(name: str) -> None:
-    """End what a pager that was killed leaves for a moment: it would pass for a guard."""
+    """End what a pager that was killed leaves for a moment: it would pass for a guard.
+
+    A pager that stood by itself comes back: to start without it is to leave all that it guarded.
+    """
+    awaited = False
     for pid in door.left_shadows(name):
         with contextlib.suppress(ProcessLookupError):
             pidfd = os.pidfd_open(pid)
-            if pid in door.left_shadows(name):
+            stood = door.left_shadows(name).get(pid)
+            if stood is not None:
                 shadow.dispel(pidfd)
+                awaited |= stood
             os.close(pidfd)
+    deadline = time.monotonic() + SUCCESSOR
+    while (awaited or door.standing(name)) and time.monotonic() < deadline:
+        for pid in door.standing(name):
+            if (end := door.knock(pid)) is not None:  # it has come so far
+                end.close()
+                return
+        time.sleep(_PAUSE_SECS)
 
 
 def _claim(pid: int, name: str, patience: float) -> Pager | None:

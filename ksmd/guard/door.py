@@ -80,14 +80,17 @@ def standing(name: str = "") -> list[int]:
     ]
 
 
-def left_shadows(name: str) -> list[int]:
-    """Give the pids of the shadows of pagers that are dead and were started under *name*."""
+def left_shadows(name: str) -> dict[int, bool]:
+    """Give the pids of the shadows of pagers that are dead and were started under *name*.
+
+    And whether the pager stood by itself.
+    """
     there = set(pagers(name))
-    return [
-        pid
+    return {
+        pid: words[0] == STANDING.encode()
         for pid, words in _commands(shadows=True)
         if words[1] == os.fsencode(name) and _parent(pid) not in there
-    ]
+    }
 
 
 def _parent(pid: int) -> int:

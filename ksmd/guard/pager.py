@@ -66,6 +66,7 @@ _SOON = 0.001  # s: the sender of an event has to run on
 _LATER = 0.02  # s: the owner does not read, or a descriptor has to come free
 _SWEEP = 2.0  # s: idle sweeps for dead children
 _SILENCE = 1.0  # s: when we were told to leave, a daemon that says nothing needs us no more
+_TOLD = 1.0  # s: a daemon tells a pager of its own everything
 _GONE_KEYS = 500  # per message
 
 
@@ -126,12 +127,27 @@ class Pager:
     def stand(self, name: str) -> None:
         """Serve every daemon that comes, until SIGTERM: then until nothing is merged any more."""
         self._stored.all = self._everything
-        # a daemon that could not wait for us has told it all to a pager of its own, and of two who
-        # read the events of a context one would not know what the other was told
-        alone = not name or door.pagers(name) == [os.getpid()]
-        self._secret = self._stored.restore(self._watch, self._keeper, discard=not alone).secret
+        discard = bool(name) and self._another_serves(name)
+        self._secret = self._stored.restore(self._watch, self._keeper, discard=discard).secret
         self._stored.ready()
         self._run()
+
+    def _another_serves(self, name: str) -> bool:
+        """Tell whether another pager holds what the manager kept for us.
+
+        A daemon that could not wait for us has told it all to a pager of its own, and of two who
+        read the events of a context one would not know what the other was told. But one that began
+        while there was no pager has told its own of nothing: to let go would end every guard.
+        """
+        deadline = time.monotonic() + _TOLD
+        while guards := self._stored.guards:
+            others = [pid for pid in door.pagers(name) if pid != os.getpid()]
+            if any(shadow.held_by(pid, fd) for pid in others for fd in guards):
+                return True
+            if not others or time.monotonic() > deadline:
+                break
+            time.sleep(_LATER)
+        return False
 
     def heed_term(self) -> None:
         """Stand by ourselves from now on, until SIGTERM."""

@@ -101,7 +101,18 @@ def inherit(pid: int, pidfd: int, known: Collection[int]) -> list[int]:
     return ours
 
 
-def _same(one: int, other: int) -> bool:
-    """Tell whether two of our descriptors are of one file."""
-    pid = os.getpid()
-    return libc.syscall("kcmp", libc.NR_KCMP, pid, pid, _KCMP_FILE, one, other) == 0
+def held_by(pid: int, fd: int) -> bool:
+    """Tell whether process *pid* holds this context of ours too."""
+    with contextlib.suppress(OSError):
+        for name in os.listdir(f"/proc/{pid}/fd"):  # noqa: PTH208
+            with contextlib.suppress(OSError):
+                link = os.readlink(f"/proc/{pid}/fd/{name}")  # noqa: PTH115
+                if "[userfaultfd]" in link and _same(fd, int(name), pid):
+                    return True
+    return False
+
+
+def _same(one: int, other: int, pid: int = 0) -> bool:
+    """Tell whether a descriptor of ours, and another of ours or of *pid*, are of one file."""
+    ours = os.getpid()
+    return libc.syscall("kcmp", libc.NR_KCMP, ours, pid or ours, _KCMP_FILE, one, other) == 0

@@ -250,6 +250,46 @@ def test_without_another_one_in_time_the_daemon_starts_its_own(
     pager.close(force=True)
 
 
+def test_a_daemon_that_starts_while_the_manager_restarts_its_pager_waits_for_it(
+    manager: ServiceManager, contexts: tuple[int, int]
+) -> None:
+    manager.start()
+    pager = take(manager)
+    pager.guard(5, contexts[0], about={"pid": 77})
+    until(lambda: "guard-5" in manager.kept)
+    manager.kill()
+    die(pager)
+    later = threading.Timer(0.5, manager.start)
+    later.start()
+    heir = take(manager)
+    later.join()
+    assert (heir.standing, heir.ids) == (True, [5])
+    heir.close(force=True)
+
+
+def test_the_guard_stands_although_a_daemon_came_first_with_a_pager_that_holds_nothing(
+    manager: ServiceManager, contexts: tuple[int, int]
+) -> None:
+    manager.start()
+    pager = take(manager)
+    pager.guard(5, contexts[0], about={"pid": 77})
+    until(lambda: "guard-5" in manager.kept)
+    manager.kill()
+    die(pager)
+    own = Pager(manager.name)
+    own.start()
+    pid = manager.start()
+    late = Pager.adopt(door.knock(pid), manager.name)
+    assert late.ids == [5]
+    assert not userfaultfd.is_dead(contexts[0])
+    die(late)
+    die(own)
+    heir = take(manager)
+    assert (heir.pid, heir.ids) == (pid, [5])
+    heir.close(force=True)
+    own.kill()
+
+
 def test_what_an_orphaned_pager_guards_goes_to_the_one_that_stands_by(
     manager: ServiceManager, contexts: tuple[int, int]
 ) -> None:

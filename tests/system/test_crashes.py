@@ -158,7 +158,7 @@ def test_pagers_that_are_killed_on_their_way_up_do_not_take_the_daemon_along(pai
     oracle = Oracle(*pair)
     daemon = daemons(settings_for(*pair) | CROWDED)
     daemon.scan()
-    for _ in range(8):
+    for _ in range(5):
         (pid,) = until(lambda: door.pagers(str(daemon.socket)), "a pager")
         Held(pid).end()
     use(pair)

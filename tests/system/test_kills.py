@@ -29,7 +29,7 @@ from ksmd.model.errors import KsmdError
 
 pytestmark = pytest.mark.root
 
-KILLS = int(os.environ.get("KSMD_SOAK_KILLS", "10"))
+KILLS = int(os.environ.get("KSMD_SOAK_KILLS", "8"))
 SEED = int(os.environ.get("KSMD_SOAK_SEED", "1"))
 PAGES = 1536
 
@@ -93,12 +93,34 @@ class Butcher:
             self._manager.start()
         if "daemon" in victims:
             self._lives.buried()
-            self._lives.start(settings, paused=False)
+            with self._disturbance():
+                self._lives.start(settings, paused=False)
         old = victims["pager"].pid if "pager" in victims else 0
         until(lambda: self._served(old), "a pager")
         with Client(self._lives.daemon.socket, PATIENCE) as ksmd:
             ksmd.call("GetApiVersion")  # it answers when the pager has been told everything
         return set(victims)
+
+    @contextlib.contextmanager
+    def _disturbance(self) -> Iterator[None]:
+        """Kill a pager that stands by itself, now and then, while a daemon starts."""
+        if not self._manager or self._random.random() < 0.6:
+            yield
+            return
+        wait = self._random.uniform(0, 2)
+        thread = threading.Thread(target=self._kill_standing, args=(self._manager, wait))
+        thread.start()
+        yield
+        thread.join()
+        self.tally["kills"] += 1
+        self.tally["pager"] += 1
+        self.tally["during a start"] += 1
+
+    @staticmethod
+    def _kill_standing(manager: ServiceManager, wait: float) -> None:
+        time.sleep(wait)
+        manager.kill()
+        manager.start()
 
     def _served(self, old: int) -> bool:
         daemon = self._lives.daemon

@@ -46,7 +46,7 @@ pytestmark = pytest.mark.root
 
 #: The background scan of a new daemon waits here before it merges, so that counts can be exact.
 CALM = {"scan": {"sleep_millisecs": 600_000}}
-KILLS = int(os.environ.get("KSMD_SOAK_KILLS", "10"))
+KILLS = int(os.environ.get("KSMD_SOAK_KILLS", "4"))
 
 
 class Lives:
