@@ -84,8 +84,8 @@ class Service:
         pages = psutil.virtual_memory().available // 4096
         ring = PinRing()
         targets = Targets(settings, settings.resolved_tables(pages), ring, self._pager)
-        targets.ours |= {self._pager.pid, self._engine.pid}
         self.pipeline = Pipeline(targets, self._engine, self._pager)
+        self._know_ours()
         state = self.manager.state_directory
         self._counters = LedgerFile(state, self.pipeline.ledger, procfs.boot_id())
         self._counters.restore()
@@ -178,11 +178,16 @@ class Service:
         if self._leaving:
             return
         log.error("the pager (pid %d) died; starting another", self._pager.pid)
-        self.pipeline.targets.ours.discard(self._pager.pid)
         self._pager.restart()
-        self.pipeline.targets.ours.add(self._pager.pid)
+        self._know_ours()
         self._watch_pager()
         self._rescue()  # a child of whom it had not told us yet
+
+    def _know_ours(self) -> None:
+        """See that no rule selects a process of our own, for they are replaced when they die."""
+        ours = self.pipeline.targets.ours
+        ours.clear()
+        ours.update((*self._ours, self._pager.shadow))
 
     def _may_scan(self) -> bool:
         something = self._settings.targets or len(self.programs.registry)
@@ -203,6 +208,7 @@ class Service:
 
     def _housekeep(self) -> None:
         self._pager.pump()
+        self._know_ours()
         self._counters.keep()
         if self.pipeline.accounting.owes_memory and not (self.loop.busy or self._may_scan()):
             # no pass comes to try it again

@@ -79,6 +79,11 @@ class Pager:
         """A pidfd of the process, ours: readable once it has ended."""
         return self._line.pidfd
 
+    @property
+    def shadow(self) -> int:
+        """The process that shares its memory (see shadow.py), 0 when there is none."""
+        return self._line.shadow
+
     # life
 
     def start(self) -> None:

@@ -60,6 +60,11 @@ class Line:
             with contextlib.suppress(ProcessLookupError):
                 self._shadow = pid, os.pidfd_open(pid)
 
+    @property
+    def shadow(self) -> int:
+        """Its pid, 0 when there is none."""
+        return self._shadow[0]
+
     def inherit(self, known: Collection[int]) -> list[int]:
         """Take what a pager that is dead held beside *known*: see shadow.py."""
         found = []
