@@ -29,7 +29,7 @@ from ksmd.model.errors import KsmdError
 
 pytestmark = pytest.mark.root
 
-KILLS = int(os.environ.get("KSMD_SOAK_KILLS", "8"))
+KILLS = int(os.environ.get("KSMD_SOAK_KILLS", "6"))
 SEED = int(os.environ.get("KSMD_SOAK_SEED", "1"))
 PAGES = 1536
 
