@@ -13,6 +13,7 @@ rule selects now, or that belong to another trust domain now, are unmerged befor
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -29,9 +30,10 @@ from ksmd.daemon.pipeline import Pipeline
 from ksmd.daemon.state import Target
 from ksmd.daemon.targets import STORE_PATH
 from ksmd.daemon.unguarded import is_extent
-from ksmd.guard import door
-from ksmd.guard.client import Pager, PagerGoneError, PagerRefusedError
+from ksmd.guard import door, shadow
+from ksmd.guard.client import SUCCESSOR, Pager
 from ksmd.guard.held import KeptExtent
+from ksmd.guard.line import PagerGoneError, PagerRefusedError
 from ksmd.kernel import memfd, procfs, userfaultfd
 from ksmd.kernel.iouring import PinRing
 from ksmd.model.errors import KsmdError, TargetGoneError
@@ -55,6 +57,7 @@ def find_pager(name: str, patience: float = _PATIENCE_SECS) -> Pager | None:
     The name of both is the control socket's path. KsmdError when the earlier daemon lives, and has
     done so for *patience* seconds.
     """
+    _dispel(name)
     found = []
     for pid in door.pagers(name):
         try:
@@ -80,6 +83,29 @@ def find_pager(name: str, patience: float = _PATIENCE_SECS) -> Pager | None:
         first.standing = True
         first.restart()
     return first
+
+
+def _dispel(name: str) -> None:
+    """End what a pager that was killed leaves for a moment: it would pass for a guard.
+
+    A pager that stood by itself comes back: to start without it is to leave all that it guarded.
+    """
+    awaited = False
+    for pid in door.left_shadows(name):
+        with contextlib.suppress(ProcessLookupError):
+            pidfd = os.pidfd_open(pid)
+            stood = door.left_shadows(name).get(pid)
+            if stood is not None:
+                shadow.dispel(pidfd)
+                awaited |= stood
+            os.close(pidfd)
+    deadline = time.monotonic() + SUCCESSOR
+    while (awaited or door.standing(name)) and time.monotonic() < deadline:
+        for pid in door.standing(name):
+            if (end := door.knock(pid)) is not None:  # it has come so far
+                end.close()
+                return
+        time.sleep(_PAUSE_SECS)
 
 
 def _claim(pid: int, name: str, patience: float) -> Pager | None:
@@ -134,8 +160,9 @@ class Adoption:
         self._choose()
         for target in self._targets:
             target.broken = sys.maxsize  # what was written before our time is no news
-        for _ in self._pipeline.accounting.recount():
-            pass
+        with contextlib.suppress(PagerGoneError):  # it is replaced, and all is counted anew, soon
+            for _ in self._pipeline.accounting.recount():
+                pass
         if not (self._targets.by_slot or self._unverified):
             return
         sharing = self._pipeline.accounting.sharing

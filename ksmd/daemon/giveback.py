@@ -75,7 +75,7 @@ def _give_back(pager: Pager, engine: Engine) -> int:
     ring = PinRing()
     available = psutil.virtual_memory().available // 4096
     targets = Targets(settings, settings.resolved_tables(available), ring, pager)
-    targets.ours |= {pager.pid, engine.pid}
+    targets.ours |= {pager.pid, pager.shadow, engine.pid}
     pipeline = Pipeline(targets, engine, pager)
     adoption = Adoption(pipeline, pager, ring)
     adoption.restore()

@@ -37,14 +37,13 @@ class Guardian:
         self.awaited = False
         self._name = name
         self._next_look = 0.0
-        self._ours: set[int] = set()
         self._selector: selectors.BaseSelector | None = None
         self._replaced: Callable[[], None] = lambda: None
 
     def start(self) -> None:
         """Start one of our own, if there is none yet."""
         if not self.pager.alive():
-            self.pager.start()
+            self.pager.restart()  # the one that was adopted may have died since
         for failed in self.pager.failed:
             log.warning("the pager %s", failed)
 
@@ -59,11 +58,9 @@ class Guardian:
                 self._name,
             )
 
-    def watch(
-        self, selector: selectors.BaseSelector, ours: set[int], replaced: Callable[[], None]
-    ) -> None:
-        """Replace it from now on when it dies; *ours* are our pids. Then *replaced* is called."""
-        self._selector, self._ours, self._replaced = selector, ours, replaced
+    def watch(self, selector: selectors.BaseSelector, replaced: Callable[[], None]) -> None:
+        """Replace it from now on when it dies. Then *replaced* is called."""
+        self._selector, self._replaced = selector, replaced
         self._watch()
 
     def close(self) -> None:
@@ -83,11 +80,9 @@ class Guardian:
     def _watch(self) -> None:
         if self._selector is not None:
             pid = self.pager.pid
-            self._ours.add(pid)
-            watch_pid(self._selector, pid, lambda: self._died(pid))
+            watch_pid(self._selector, self.pager.pidfd, lambda: self._died(pid))
 
     def _died(self, pid: int) -> None:
-        self._ours.discard(pid)
         if self._selector is not None and pid == self.pager.pid:
             if self.awaited and self.pager.standing:
                 log.info("the pager (pid %d) was stopped; one of our own takes its place", pid)
@@ -97,7 +92,6 @@ class Guardian:
             self._replace()
 
     def _replace(self) -> None:
-        self._ours.discard(self.pager.pid)
         self.pager.restart()
         self._watch()
         self._replaced()

@@ -232,9 +232,9 @@ class Loop:
         return 0.0
 
 
-def watch_pid(selector: selectors.BaseSelector, pid: int, on_exit: Callable[[], None]) -> None:
-    """Call *on_exit* from the selector when process *pid* ends."""
-    pidfd = os.pidfd_open(pid)
+def watch_pid(selector: selectors.BaseSelector, pidfd: int, on_exit: Callable[[], None]) -> None:
+    """Call *on_exit* from the selector when the process behind *pidfd*, the caller's, ends."""
+    pidfd = os.dup(pidfd)
 
     def handle(_key: selectors.SelectorKey, _mask: int) -> None:
         selector.unregister(pidfd)

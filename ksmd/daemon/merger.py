@@ -367,6 +367,8 @@ class Merger:
         # what a window left whose tracer died is settled by the next one that finds no stub at work
         if done.refused is None or not (done.lost or left_over):
             self._pager.settle_all(target.slot)
+        if done.lost:  # a stub that is at work may have guarded what is read next, see _equal_again
+            target.memory.may_pin = False
         now = time.monotonic()
         target.last_window = now
         if done.refused is Reason.GONE:

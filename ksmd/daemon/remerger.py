@@ -67,10 +67,10 @@ class Remerger:
             for page in broken[target.pagemap.exclusive_of(broken)].tolist():
                 offset = vma.offset + (page << PAGE_SHIFT) - vma.start
                 index = extent.index(offset)
-                view = domain.checksummer.buffer[: 1 << PAGE_SHIFT]
-                target.memory.read_exclusive_into(page << PAGE_SHIFT, view)
+                # never so that we wait for a page: the pager may be dead, and we its only heir
+                held = target.memory.read(page << PAGE_SHIFT, 1 << PAGE_SHIFT)
                 # as bytes: memoryviews are compared item by item
-                if 0 <= index < extent.npages and bytes(extent.view(index, 1)) == bytes(view):
+                if 0 <= index < extent.npages and bytes(extent.view(index, 1)) == held:
                     found[extent.number].append(
                         Record(Op.REMERGE, page << PAGE_SHIFT, 1 << PAGE_SHIFT, offset)
                     )

@@ -83,8 +83,8 @@ class Service:
         pages = psutil.virtual_memory().available // 4096
         ring = PinRing()
         targets = Targets(settings, settings.resolved_tables(pages), ring, self._pager)
-        targets.ours |= {self._pager.pid, self._engine.pid}
         self.pipeline = Pipeline(targets, self._engine, self._pager)
+        self._know_ours()
         state = self.manager.state_directory
         self._counters = LedgerFile(state, self.pipeline.ledger, procfs.boot_id())
         self._counters.restore()
@@ -100,7 +100,7 @@ class Service:
         )
         self.programs = Programs(self.pipeline, self.loop.turns, self.loop.selector)
         self.loop.serve(self.server)
-        self._guardian.watch(self.loop.selector, targets.ours, self._pager_replaced)
+        self._guardian.watch(self.loop.selector, self._pager_replaced)
         if self._guardian.adopted:
             adoption = Adoption(self.pipeline, self._pager, ring)
             adoption.restore()
@@ -175,11 +175,18 @@ class Service:
         return self.pipeline.targets.settings
 
     def _pager_replaced(self) -> None:
+        self._know_ours()
         self._rescue()  # a child of whom it had not told us yet
         if self._guardian.awaited and self._pager.standing:
             log.info("the pager %d stands by: scanning goes on", self._pager.pid)
             self._paused = self._guardian.awaited = False
             self.loop.hurry()
+
+    def _know_ours(self) -> None:
+        """See that no rule selects a process of our own, for they are replaced when they die."""
+        ours = self.pipeline.targets.ours
+        ours.clear()
+        ours.update((*self._ours, self._pager.shadow))
 
     def _may_scan(self) -> bool:
         something = self._settings.targets or len(self.programs.registry)
@@ -201,6 +208,7 @@ class Service:
     def _housekeep(self) -> None:
         self._pager.pump()
         self._guardian.look()
+        self._know_ours()
         self._counters.keep()
         if self.pipeline.accounting.owes_memory and not (self.loop.busy or self._may_scan()):
             # no pass comes to try it again

@@ -318,7 +318,7 @@ class Targets:
         try:
             known = procfs.maps_hash(target.pid)
             if if_changed and known == target.known_maps and now < target.reread_at:
-                target.memory.may_pin &= not risks.may_answer_faults(target.pid)
+                target.memory.may_pin &= not self._may_wait(target)
                 return
             vmas = procfs.smaps(target.pid)
         except TargetGoneError:
@@ -328,11 +328,17 @@ class Targets:
         target.vmas = len(vmas)
         target.mappings = [Mapping(vma, extents[vma.inode]) for vma in vmas if ours(vma)]
         target.handles_faults = any(vma.flags & _FAULT_FLAGS and not ours(vma) for vma in vmas)
-        answers_faults = target.handles_faults or risks.may_answer_faults(target.pid)
-        target.memory.may_pin = not answers_faults
+        target.memory.may_pin = not (target.handles_faults or self._may_wait(target))
         target.areas, target.refused_ranges = areas(
             vmas, target.selected.regions, also=target.selected.also, merged_by_us=ours
         )
+
+    def _may_wait(self, target: Target) -> bool:
+        """Whether a page that is absent might have to be waited for.
+
+        For the program itself; or for our own pager, which may be dead, and waits for us then.
+        """
+        return risks.may_answer_faults(target.pid) or target.slot in self._pager.unsettled
 
     def refused_pages(self) -> Counter[Reason]:
         """Pages (or processes, for refusals of a whole process) per reason, as of the last scan."""

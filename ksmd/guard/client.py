@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
-import signal
 import socket
 import subprocess
 import time
@@ -27,38 +25,29 @@ from ksmd.guard import door
 from ksmd.guard.held import Held, KeptExtent, duplicate
 from ksmd.guard.holdings import Holdings
 from ksmd.guard.intervals import Intervals
+from ksmd.guard.line import DEADLINE, Line, PagerGoneError, PagerRefusedError
 from ksmd.guard.stored import Stored
 from ksmd.kernel import channel, libc
-from ksmd.model.errors import KsmdError
 
-#: Seconds after which a pager that does not answer is taken for dead.
-DEADLINE = 10.0
 #: Ranges per message: the pager answers faults between messages only.
 CHUNK = 256
 #: Bytes of an extent that the pager locks at a time: it answers faults in between.
 KEEP_PART = 16 << 20
+#: Pagers that are started in a row when each dies at once.
+RESTARTS = 20
 #: Seconds for the service manager to start another pager that stands by itself.
 SUCCESSOR = 5.0
 
 Ranges = Iterable[tuple[int, int]]
 
 
-class PagerGoneError(KsmdError):
-    """The pager has died or hangs. After ``restart()`` the failed call holds too."""
-
-    def __init__(self, why: str) -> None:
-        super().__init__(f"the pager is gone: {why}", "restart() it; targets wait meanwhile")
-
-
-class PagerRefusedError(KsmdError):
-    """The pager answered with an error: a context that is none, an unknown id."""
-
-
 class Pager:
     """One pager process. Not thread-safe: it belongs to the daemon's main loop.
 
     ``id`` is the daemon's number of a target; it must not be used again for another target.
-    Every call raises PagerGoneError when the pager is gone, PagerRefusedError when it refuses.
+    Calls raise PagerGoneError when the pager is gone, PagerRefusedError when it refuses. Those by
+    which something ends (settle, drop, release, hold_rings) hold without it, since the next pager
+    hears of what is left alone: nobody is to stop half way through giving something up.
     ``failed`` lists what the pager could not do to protect itself, as sentences. ``name`` is what
     a later daemon finds the process by (see door.py); nobody finds one without a name.
 
@@ -72,15 +61,28 @@ class Pager:
 
     def __init__(self, name: str = "") -> None:
         self.name = name
-        self.pid = 0
         self.failed: list[str] = []
         self.standing = False
         self.recalled = False
-        self._end: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
-        self._pidfd = -1
         self._holds = Holdings()
+        self._line = Line(self._holds.take)
         self._rings: dict[int, int] = {}
+
+    @property
+    def pid(self) -> int:
+        """The process, 0 before there was one."""
+        return self._line.pid
+
+    @property
+    def pidfd(self) -> int:
+        """A pidfd of the process, ours: readable once it has ended."""
+        return self._line.pidfd
+
+    @property
+    def shadow(self) -> int:
+        """The process that shares its memory (see shadow.py), 0 when there is none."""
+        return self._line.shadow
 
     # life
 
@@ -96,8 +98,9 @@ class Pager:
                 stdout=subprocess.DEVNULL,
                 start_new_session=True,
             )
-        self._attach(mine, self._process.pid)
-        hello = self._receive(time.monotonic() + DEADLINE)
+        self._line.attach(mine, self._process.pid)
+        hello = self._line.receive(time.monotonic() + DEADLINE)
+        self._line.see(hello["shadow"])
         self.failed = list(hello["failed"])
         self._tell_key()
 
@@ -114,13 +117,14 @@ class Pager:
         daemon owns it. A pager of another version is replaced by one of ours.
         """
         pager = cls(name)
-        pager._end = end
+        pager._line.end = end
         try:
             answer = pager._ask({"do": "claim"})
-            pager._attach(end, int(answer["pid"]))
+            pager._line.attach(end, int(answer["pid"]))
+            pager._line.see(answer.get("shadow", 0))
             pager._await_all()
             pager._rings = {
-                ring: libc.pidfd_getfd(pager._pidfd, fd) for ring, fd in answer["rings"]
+                ring: libc.pidfd_getfd(pager._line.pidfd, fd) for ring, fd in answer["rings"]
             }
         except BaseException:
             pager.leave()
@@ -136,6 +140,7 @@ class Pager:
     def _await_all(self) -> None:
         deadline = time.monotonic() + DEADLINE
         while time.monotonic() < deadline:
+            self.living_children()  # the dead count for nothing
             held = self.stats()
             if (held["contexts"], held["children"], held["extents"]) == (
                 len(self._holds.targets),
@@ -152,8 +157,8 @@ class Pager:
         """
         found = self._holds.recall(manager)
         self.recalled = bool(found.targets or found.children or found.extents)
-        if self._end is not None:
-            self._tell_all(found)
+        if self._line.end is not None:
+            self._tell_all(found, list(found.children.items()))
             self._holds.store(not self.standing)
         elif self.recalled:
             self._holds.set_key(found.key)
@@ -163,30 +168,53 @@ class Pager:
         return self.recalled
 
     def restart(self) -> None:
-        """Replace a pager that is dead or hangs; targets that waited go on."""
-        self.kill()
-        self._collect_news()  # children that it told of before it died are in the queue until now
-        self._detach()
-        if not self.standing or not self._await_successor():
-            late = self.standing
-            self.start()
-            if late and door.standing(self.name):  # it came after all: see Pager.stand
-                self.standing = True
-                self.restart()
+        """Replace a pager that is dead or hangs; targets that waited go on.
+
+        So is one that dies before it has heard everything. PagerGoneError when none lasts.
+        """
+        awaited = self.standing
+        for tries in range(RESTARTS, -1, -1):
+            try:
+                self._replace(awaited)
                 return
+            except PagerGoneError:
+                if not tries:
+                    raise
+
+    def _replace(self, awaited: bool) -> None:
+        self.kill()
+        # children that it told of before it died are in the queue until now
+        self._line.collect_news()
+        self._inherit()
+        self._line.detach()
+        if not self.standing or not self._await_successor():
+            self.start()
+            if awaited and door.standing(self.name):  # it came after all: see Pager.stand
+                self.standing = True
+                self._replace(awaited)
+                return
+        # those that are born from now on, it will have told us of itself
+        children = list(self._holds.children.items())
         if self._rings:
             self._tell_rings()
-        self._tell_all(self._holds)
+        self._tell_all(self._holds, children)
         self._holds.store(not self.standing)
 
-    def _tell_all(self, told: Holdings) -> None:
+    def _tell_all(self, told: Holdings, children: list[tuple[int, tuple[int, int]]]) -> None:
         for extent in told.extents.values():
             self._keep(extent)
         for target, held in told.targets.items():
             self._tell(target, held)
-        for key, (target, fd) in list(told.children.items()):
+        for key, (target, fd) in children:
             # a child of an unfinished stop window would be owed pages; fork has copied them
             self._ask({"do": "guard", "id": target, "child": key}, fd)
+
+    def _inherit(self) -> None:
+        """Take over the children of whom the dead pager could not tell us any more."""
+        known = [fd for held in self._holds.targets.values() for fd in held.fds]
+        known += [fd for _, fd in self._holds.children.values()]
+        for fd in self._line.inherit(known):
+            self._holds.add_child(fd)
 
     def _await_successor(self) -> bool:
         """Wait for the next pager that its service manager starts, and take it over."""
@@ -196,18 +224,18 @@ class Pager:
                 end = door.knock(pid)
                 if end is not None:
                     with contextlib.suppress(PagerGoneError, PagerRefusedError):
-                        self._attach(end, pid)
+                        self._line.attach(end, pid)
                         self._take_over()
                         self.standing = True
                         return True
-                    self._detach()
+                    self._line.detach()
             time.sleep(0.05)
         return False
 
     def _take_over(self) -> None:
         """Learn what the service manager alone still held (children), and have all let go there."""
         targets, extents = set(self._holds.targets), set(self._holds.extents)
-        self._ask({"do": "claim"})
+        self._line.see(self._ask({"do": "claim"})["shadow"])
         deadline = time.monotonic() + DEADLINE
         while self.stats()["untold"] and time.monotonic() < deadline:
             pass
@@ -221,10 +249,7 @@ class Pager:
 
     def kill(self) -> None:
         """End the process by force. What it guards waits until :meth:`restart`, or is let go."""
-        if self._pidfd >= 0:
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
-            select.select([self._pidfd], [], [], DEADLINE)
+        self._line.kill()
         if self._process is not None:
             self._process.kill()  # does nothing to one that has been waited for
             self._process.wait()
@@ -245,6 +270,7 @@ class Pager:
                 self._process.wait(DEADLINE)
         if force:
             self.kill()
+            self._line.inherit(())
             left = True
         if left:
             self._holds.store(False)
@@ -259,23 +285,23 @@ class Pager:
         self._let_go()
 
     def _let_go(self) -> None:
-        self._detach()
+        self._line.detach()
         self._holds.let_go()
 
     def alive(self) -> bool:
         """Tell whether the process runs."""
         if self._process is not None and self._process.poll() is not None:
             return False
-        return self._pidfd >= 0 and not select.select([self._pidfd], [], [], 0)[0]
+        return self._line.alive()
 
     def fileno(self) -> int:
         """Give the channel's descriptor: readable means news, to be taken by :meth:`pump`."""
-        return self._end.fileno() if self._end is not None else -1
+        return self._line.end.fileno() if self._line.end is not None else -1
 
     def pump(self) -> bool:
         """Take news without waiting; False when the pager is gone."""
         self._holds.flush()
-        return self._collect_news() and self.alive()
+        return self._line.collect_news() and self.alive()
 
     # contexts
 
@@ -363,7 +389,8 @@ class Pager:
         """
         ranges = list(ranges)
         self._holds.settle(target, ranges)
-        self._send_ranges("settle", target, ranges)
+        with contextlib.suppress(PagerGoneError):
+            self._send_ranges("settle", target, ranges)
 
     def settle_all(self, target: int) -> None:
         """Settle whatever is announced: nothing is under way in the target any more.
@@ -391,7 +418,7 @@ class Pager:
     def release(self, inode: int) -> None:
         """Let the pager's hold on an extent go: nobody maps it any more."""
         self._holds.drop_extent(inode)
-        self._ask({"do": "release", "inode": inode})
+        self._tell_if_there({"do": "release", "inode": inode})
 
     def hold_rings(self, rings: dict[int, int]) -> None:
         """Have the pager hold these io_uring descriptors of ours (by name), and with them our pins.
@@ -400,7 +427,8 @@ class Pager:
         """
         if rings != self._rings:
             self._rings = dict(rings)
-            self._tell_rings()
+            with contextlib.suppress(PagerGoneError):
+                self._tell_rings()
 
     def _tell_rings(self) -> None:
         self._ask({"do": "rings", "pid": os.getpid(), "rings": list(self._rings.items())})
@@ -408,7 +436,7 @@ class Pager:
     def drop(self, target: int) -> None:
         """Let go of a target that is gone or has nothing merged. Unknown ids are no error."""
         self._holds.drop_target(target)
-        self._ask({"do": "drop", "id": target})
+        self._tell_if_there({"do": "drop", "id": target})
 
     def living_children(self) -> int:
         """Count the children of all targets that live and may map the store."""
@@ -425,18 +453,9 @@ class Pager:
 
     # inside
 
-    def _attach(self, end: socket.socket, pid: int) -> None:
-        self._end = end
-        self.pid = pid
-        self._pidfd = os.pidfd_open(pid)
-
-    def _detach(self) -> None:
-        if self._end is not None:
-            self._end.close()
-            self._end = None
-        if self._pidfd >= 0:
-            os.close(self._pidfd)
-            self._pidfd = -1
+    def _tell_if_there(self, header: dict[str, Any]) -> None:
+        with contextlib.suppress(PagerGoneError):
+            self._ask(header)
 
     def _tell(self, target: int, held: Held) -> None:
         ranges = list(held.owed)
@@ -450,45 +469,4 @@ class Pager:
             self._ask({"do": verb, "id": target, "ranges": ranges[index : index + CHUNK]})
 
     def _ask(self, header: dict[str, Any], *fds: int) -> dict[str, Any]:
-        deadline = time.monotonic() + DEADLINE
-        end = self._channel()
-        end.settimeout(DEADLINE)
-        try:
-            channel.send(end, header, fds=fds)
-        except (channel.PeerGoneError, TimeoutError) as error:
-            raise PagerGoneError("its channel is closed or full") from error
-        while True:
-            answer = self._receive(deadline)
-            if "ok" in answer:
-                break
-        if not answer["ok"]:
-            raise PagerRefusedError(f"the pager refuses {header['do']}: {answer['error']}")
-        return answer
-
-    def _channel(self) -> socket.socket:
-        if self._end is None:
-            raise PagerGoneError("it was not started")
-        return self._end
-
-    def _receive(self, deadline: float) -> dict[str, Any]:
-        """Take one message; news are noted before they are returned."""
-        end = self._channel()
-        end.settimeout(max(0.001, deadline - time.monotonic()))
-        try:
-            header, _, fds = channel.receive(end)
-        except channel.PeerGoneError as error:
-            raise PagerGoneError("it closed its channel") from error
-        except TimeoutError as error:
-            raise PagerGoneError(f"no answer in {DEADLINE:g} s") from error
-        self._holds.take(header, fds)
-        return header
-
-    def _collect_news(self) -> bool:
-        if self._end is None:
-            return False
-        while select.select([self._end], [], [], 0)[0]:
-            try:
-                self._receive(time.monotonic() + DEADLINE)
-            except PagerGoneError:
-                return False
-        return True
+        return self._line.ask(header, *fds)

@@ -21,6 +21,7 @@ import socket
 import sys
 from collections.abc import Iterator
 
+from ksmd.guard import shadow
 from ksmd.kernel import channel, libc, procfs
 from ksmd.model.errors import KsmdError
 
@@ -79,14 +80,40 @@ def standing(name: str = "") -> list[int]:
     ]
 
 
-def _commands() -> Iterator[tuple[int, list[bytes]]]:
-    """Give the pid and the last two arguments of everything that looks like a pager."""
+def left_shadows(name: str) -> dict[int, bool]:
+    """Give the pids of the shadows of pagers that are dead and were started under *name*.
+
+    And whether the pager stood by itself.
+    """
+    there = set(pagers(name))
+    return {
+        pid: words[0] == STANDING.encode()
+        for pid, words in _commands(shadows=True)
+        if words[1] == os.fsencode(name) and _parent(pid) not in there
+    }
+
+
+def _parent(pid: int) -> int:
+    try:
+        return int(procfs.status_fields(pid)["PPid"])
+    except KsmdError:
+        return 0
+
+
+def _commands(*, shadows: bool = False) -> Iterator[tuple[int, list[bytes]]]:
+    """Give the pid and the last two arguments of everything that looks like a pager.
+
+    Or like the shadow of one.
+    """
     for pid in procfs.pids():
         try:
             words = procfs.read_process(pid, "cmdline").split(b"\0")
+            if words[-5:-3] != [b"-m", MODULE.encode()]:
+                continue
+            shade = procfs.read_process(pid, "comm").strip() == shadow.COMM.encode()
         except KsmdError:
             continue
-        if words[-5:-3] == [b"-m", MODULE.encode()]:
+        if shade == shadows:
             yield pid, words[-3:-1]
 
 

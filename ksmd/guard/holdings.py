@@ -157,6 +157,13 @@ class Holdings:
             self.flush()
         return extent
 
+    def add_child(self, fd: int) -> None:
+        """Hold the context of a child of nobody knows whom: the guard need not know."""
+        key = max(self.children, default=0) + 1
+        self.children[key] = 0, fd
+        self._stored.store(names(0, fd, key=key))
+        self.flush()
+
     def drop_child(self, key: int) -> None:
         """Let a child's context go."""
         child = self.children.pop(key, None)

@@ -29,13 +29,14 @@ Messages (``do``), each answered with {"ok": true, ...} or {"ok": false, "error"
               ``children``.
 ``hand-over`` + 1 fd, at the door alone: a further channel's end.
 ``claim``     the sender is the owner from now on, if no other lives: it is told of all contexts
-              and extents. -> {pid, version, standing, secret, highest, rings}; ``highest`` is the
+              and extents. -> {pid, shadow, version, standing, secret, highest,
+              rings}; ``highest`` is the
               highest id ever used, ``rings`` are to be taken by pidfd_getfd.
 ``quit``      leave, if no context is held; who stands by itself stays, and lets go of the rest.
 ``clear``     let go of everything, for the owner holds it all and will tell it anew.
 
-News for the owner: {"event": "hello", pid, failed, nofile} at start; for each new child {"event":
-"context", id, key} + fd, so that a second process holds what a restarted pager needs; and
+News for the owner: {"event": "hello", pid, shadow, failed, nofile} at start; for each new child
+{"event": "context", id, key} + fd, so that a second process holds what a restarted pager needs; and
 {"event": "gone", keys}. After ``claim`` also each target's {"event": "context", id, key: 0, ranges,
 about} + fds and {"event": "extent", inode, offset, length, about} + fd.
 """
@@ -54,7 +55,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ksmd import __version__
-from ksmd.guard import door, settle
+from ksmd.guard import door, settle, shadow
 from ksmd.guard.keeper import Keeper
 from ksmd.guard.notes import Header, summary
 from ksmd.guard.stored import Stored
@@ -66,6 +67,7 @@ _SOON = 0.001  # s: the sender of an event has to run on
 _LATER = 0.02  # s: the owner does not read, or a descriptor has to come free
 _SWEEP = 2.0  # s: idle sweeps for dead children
 _SILENCE = 1.0  # s: when we were told to leave, a daemon that says nothing needs us no more
+_TOLD = 1.0  # s: a daemon tells a pager of its own everything
 _GONE_KEYS = 500  # per message
 
 
@@ -89,7 +91,8 @@ def _ranges(header: dict[str, Any]) -> Ranges:
 class Pager:
     """The loop and the verbs of its channels."""
 
-    def __init__(self, inner: socket.socket, stored: Stored | None = None) -> None:
+    def __init__(self, inner: socket.socket, stored: Stored | None = None, shadow: int = 0) -> None:
+        self._shadow = shadow
         self._epoll = select.epoll()
         self._door = inner
         self._epoll.register(inner.fileno(), select.EPOLLIN)
@@ -112,19 +115,40 @@ class Pager:
         self._owner = self._connect(end)
         nofile = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self._owner.answers.append(
-            {"event": "hello", "pid": os.getpid(), "failed": failed, "nofile": nofile}
+            {
+                "event": "hello",
+                "pid": os.getpid(),
+                "shadow": self._shadow,
+                "failed": failed,
+                "nofile": nofile,
+            }
         )
         self._run()
 
     def stand(self, name: str) -> None:
         """Serve every daemon that comes, until SIGTERM: then until nothing is merged any more."""
         self._stored.all = self._everything
-        # a daemon that could not wait for us has told it all to a pager of its own, and of two who
-        # read the events of a context one would not know what the other was told
-        alone = not name or door.pagers(name) == [os.getpid()]
-        self._secret = self._stored.restore(self._watch, self._keeper, discard=not alone).secret
+        discard = bool(name) and self._another_serves(name)
+        self._secret = self._stored.restore(self._watch, self._keeper, discard=discard).secret
         self._stored.ready()
         self._run()
+
+    def _another_serves(self, name: str) -> bool:
+        """Tell whether another pager holds what the manager kept for us.
+
+        A daemon that could not wait for us has told it all to a pager of its own, and of two who
+        read the events of a context one would not know what the other was told. But one that began
+        while there was no pager has told its own of nothing: to let go would end every guard.
+        """
+        deadline = time.monotonic() + _TOLD
+        while guards := self._stored.guards:
+            others = [pid for pid in door.pagers(name) if pid != os.getpid()]
+            if any(shadow.held_by(pid, fd) for pid in others for fd in guards):
+                return True
+            if not others or time.monotonic() > deadline:
+                break
+            time.sleep(_LATER)
+        return False
 
     def heed_term(self) -> None:
         """Stand by ourselves from now on, until SIGTERM."""
@@ -384,6 +408,7 @@ class Pager:
         self._untold = list(self._keeper)
         return {
             "pid": os.getpid(),
+            "shadow": self._shadow,
             "version": __version__,
             "standing": self._standing,
             "secret": self._secret,
@@ -429,6 +454,13 @@ def _fds() -> int:
         return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
+def _shadow() -> tuple[int, list[str]]:
+    try:
+        return shadow.cast(), []
+    except OSError as error:
+        return 0, [f"cannot cast a shadow: {error}"]
+
+
 def main(arguments: list[str]) -> int:
     """Run the pager on the channel whose descriptor is the first argument, or by itself."""
     first = arguments[0] if arguments else ""
@@ -438,18 +470,23 @@ def main(arguments: list[str]) -> int:
     if first == door.STANDING:
         inherited, _ = sdnotify.take_inherited(os.environ)
         inherited = [one._replace(fd=door.moved(one.fd)) for one in inherited]
-        pager = Pager(door.build(), Stored(os.environ.pop("NOTIFY_SOCKET", ""), inherited))
+        inner = door.build()
+        shade, failed = _shadow()
+        pager = Pager(inner, Stored(os.environ.pop("NOTIFY_SOCKET", ""), inherited), shade)
         pager.heed_term()
-        for failed in settle.in_place():
-            settle.complain(failed)
+        for sentence in failed + settle.in_place():
+            settle.complain(sentence)
         pager.stand("".join(arguments[1:]))
     else:
         fd = door.moved(int(first))
-        pager = Pager(door.build())
+        inner = door.build()
+        shade, failed = _shadow()
+        pager = Pager(inner, shadow=shade)
         pager.serve(
             socket.socket(fileno=fd),
-            settle.in_place(signal.SIGTERM),
+            failed + settle.in_place(signal.SIGTERM),
         )
+    shadow.end(shade)
     return 0
 
 

@@ -202,7 +202,7 @@ class Rehearsal:
 
 def main(arguments: list[str]) -> int:
     """Rehearse on the channel whose descriptor is the only argument."""
-    signal.alarm(10)  # a last resort: the self-test kills a process that hangs
+    signal.alarm(90)  # a last resort: the self-test kills a process that hangs
     end = socket.socket(fileno=int(arguments[0]))
     try:
         Rehearsal(end).run()

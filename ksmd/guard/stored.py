@@ -58,6 +58,11 @@ class Stored:
         #: Gives the messages that what is held now comes to.
         self.all: Callable[[], Iterable[Header]] = lambda: ()
 
+    @property
+    def guards(self) -> list[int]:
+        """The targets' own contexts that the manager kept for a pager before us."""
+        return [fd for name, fd in self._earlier.items() if name.startswith("guard-")]
+
     # what changes
 
     def ready(self) -> None:

@@ -142,6 +142,16 @@ def prctl(option: int, *args: int) -> None:
     _int_call("prctl", option, *longs)
 
 
+def clone(code: int, stack: int, flags: int, argument: int) -> int:
+    """clone(3): start a process that runs *code* on the stack that ends at *stack*; its pid."""
+    pid = int(
+        _libc.clone(ctypes.c_void_p(code), ctypes.c_void_p(stack), flags, ctypes.c_void_p(argument))
+    )
+    if pid < 0:
+        raise oserror("clone")
+    return pid
+
+
 def set_name(name: str) -> None:
     """Name this process as ps shows it (PR_SET_NAME, at most 15 bytes)."""
     _int_call("prctl", 15, ctypes.c_char_p(name.encode()), 0, 0, 0)

@@ -10,7 +10,8 @@ Both readers map the zero page where a page is absent, so ask pagemap first. Tha
 by the time of the read, though, and a program that answers page faults itself (userfaultfd) tells
 the two apart: /proc/PID/mem gives up where such a page is absent, but process_vm_readv asks the
 program for the page, which it would not have had to give, and waits for it, perhaps for ever. So it
-is left out until ``may_pin`` says that the program has no userfaultfd.
+is left out until ``may_pin`` says that the program has no userfaultfd. What is merged is guarded by
+one of ours, and never read that way: the pager may be dead, and wait for us to start the next.
 
 Read pieces of 1 to 4 MiB: smaller ones pay for the call, larger ones fall out of the cache.
 

@@ -3,17 +3,28 @@
 A robust futex (get_robust_list(2)) of the tracer's one thread, in a page that each stub maps
 read-only. When a process dies the kernel marks its robust futexes first and lets go of its tracees
 later, so while the word says alive, every thread that the tracer stopped stands still.
+
+Between the two lies what else the kernel takes down at an exit: about a millisecond for a process
+of Python, less than a long record may take, and than a stub may have to wait for a processor. A
+thread that ran before the stub has ended its record might drop pages that lie in quarantine, or are
+mapped and not guarded yet, and nobody would see it. So the tracer holds a *fuse*, a descriptor
+whose closing waits for a grace period of the kernel: some ten milliseconds, and nothing per record.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import os
 import threading
 from typing import Final
 
 from ksmd.kernel import libc, memfd
 
 NR_SET_ROBUST_LIST: Final = 273
+NR_INOTIFY_ADD_WATCH: Final = 254
+NR_INOTIFY_INIT1: Final = 294
+_IN_DELETE_SELF: Final = 0x400
 
 
 class _Node(ctypes.Structure):
@@ -47,8 +58,22 @@ class AliveWord:
             ctypes.addressof(self._head),
             ctypes.sizeof(self._head),
         )
+        self.fuse = -1
+        with contextlib.suppress(OSError):  # the user's instances of inotify may be used up
+            self.fuse = _fuse()
 
     @property
     def fd(self) -> int:
         """The read-only descriptor that stubs map."""
         return self._extent.fd_ro
+
+
+def _fuse() -> int:
+    """Make a descriptor that is slow to close: an inotify group with a mark, on what never goes.
+
+    fsnotify_destroy_group waits for a grace period of SRCU; where it does not, nothing is lost but
+    time.
+    """
+    fd = libc.syscall("inotify_init1", NR_INOTIFY_INIT1, os.O_CLOEXEC | os.O_NONBLOCK)
+    libc.syscall("inotify_add_watch", NR_INOTIFY_ADD_WATCH, fd, b"/", _IN_DELETE_SELF)
+    return fd

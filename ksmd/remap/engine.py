@@ -106,6 +106,11 @@ class Engine:
             reply, data, out = channel.receive(self._ours)
         except (channel.PeerGoneError, TimeoutError):
             raise self._lost() from None
+        if "leaving" in reply:
+            error = self._lost()
+            for fd in out:
+                os.close(fd)
+            raise error
         if "refused" in reply:
             raise RefusedTargetError(Reason(reply["refused"]), reply["detail"])
         return reply, data, out

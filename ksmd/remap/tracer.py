@@ -23,7 +23,7 @@ import socket
 import sys
 import time
 from types import FrameType
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 from ksmd.kernel import channel, libc, risks, userfaultfd
 from ksmd.model.errors import KsmdError, TargetGoneError
@@ -107,7 +107,7 @@ class Tracer:
         try:
             session = Session(target)
         except DeadlineError:
-            os._exit(EXIT_UNSTOPPABLE)
+            self._give_up()
         try:
             _arm(_STUB_SECONDS)
             with session:
@@ -117,6 +117,16 @@ class Tracer:
         reply[0]["stop_us"] = session.stop_us
         reply[0]["total_us"] = (time.perf_counter() - began) * 1e6
         return reply
+
+    def _give_up(self) -> NoReturn:
+        """Let go of threads that do not stop, by our end, and at once: no stub is at work.
+
+        The daemon gets the fuse to close.
+        """
+        with contextlib.suppress(OSError, channel.PeerGoneError):
+            if self._alive.fuse >= 0:
+                channel.send(self._end, {"leaving": True}, fds=(self._alive.fuse,))
+        os._exit(EXIT_UNSTOPPABLE)
 
     def _with_session(
         self, session: Session, header: dict[str, Any], payload: bytes, fds: list[int]
@@ -194,8 +204,9 @@ def main(arguments: list[str]) -> int:
     with contextlib.suppress(KsmdError):  # without CAP_SYS_RESOURCE: stubs survive our death
         risks.set_oom_score_adj(os.getpid(), -900)
     tracer = Tracer(end)
-    channel.send(end, {"ready": os.getpid()})
-    tracer.serve()
+    with contextlib.suppress(channel.PeerGoneError):  # the daemon died meanwhile
+        channel.send(end, {"ready": os.getpid()})
+        tracer.serve()
     return 0
 
 

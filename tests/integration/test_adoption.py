@@ -15,8 +15,9 @@ import pytest
 
 from ksmd.core.integrity import ContentDigest
 from ksmd.guard import client, door
-from ksmd.guard.client import Pager, PagerRefusedError
+from ksmd.guard.client import Pager
 from ksmd.guard.held import KeptExtent
+from ksmd.guard.line import PagerRefusedError
 from ksmd.kernel import iouring, libc, memfd, userfaultfd
 from ksmd.model.errors import KsmdError
 from ksmd.model.units import PAGE_SIZE
@@ -240,7 +241,7 @@ def test_what_a_daemon_said_last_counts_although_it_died_before_it_was_heard(
     time.sleep(0.3)
     os.kill(daemon, signal.SIGKILL)
     os.waitpid(daemon, 0)
-    pager._detach()  # the daemon's own end was a copy of ours
+    pager._line.detach()  # the daemon's own end was a copy of ours
     end = door.knock(pid)
     assert end is not None
     os.kill(pid, signal.SIGCONT)
@@ -366,7 +367,7 @@ def test_a_pager_with_nothing_to_guard_leaves_with_its_daemon_whatever_it_keeps(
     pager.start()
     watch = os.pidfd_open(pager.pid)
     pager.keep(KeptExtent(extent.inode, extent.fd_ro, 0, extent.length))
-    pager._detach()  # as a daemon that is killed
+    pager._line.detach()  # as a daemon that is killed
     ready, _, _ = select.select([watch], [], [], PATIENCE)
     os.close(watch)
     assert ready

@@ -11,6 +11,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,8 +19,9 @@ from typing import Any
 
 import pytest
 
-from ksmd.guard import door
-from ksmd.guard.client import Pager, PagerGoneError, PagerRefusedError
+from ksmd.guard import door, shadow
+from ksmd.guard.client import Pager
+from ksmd.guard.line import PagerGoneError, PagerRefusedError
 from ksmd.guard.selftest import run as selftest
 from ksmd.kernel import channel, iouring, libc, memfd, userfaultfd
 from ksmd.model.units import PAGE_SIZE
@@ -355,6 +357,122 @@ def test_children_that_were_told_stay_guarded_when_the_pager_is_replaced(
     assert target.result()["bad"] == 0
 
 
+def test_a_child_of_whom_the_dying_pager_told_nobody_stays_guarded(
+    start: Start, pager: Pager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setenv("MORTAL_FORK", "5")
+        mortal = [sys.executable, "-P", str(Path(__file__).with_name("mortal_pager.py"))]
+        patch.setattr(door, "command", lambda *words: [*mortal, *map(str, words)])
+        pager.restart()
+    target = start("families", arg=10)
+    _until(lambda: not pager.alive())
+    assert len(pager._holds.children) < 5
+    pager.restart()
+    target.hear("d")
+    assert pager.stats()["children"] == 10
+    target.tell()
+    target.hear("e")
+    target.tell()
+    assert target.result()["bad"] == 0
+
+
+def test_the_shadow_runs_what_its_source_says(tmp_path: Path) -> None:
+    source = Path(shadow.__file__).with_name("shadow.S")
+    built, image = tmp_path / "shadow.o", tmp_path / "shadow.bin"
+    subprocess.run(["as", source, "-o", built], check=True)
+    subprocess.run(["objcopy", "-O", "binary", "-j", ".text", built, image], check=True)
+    assert image.read_bytes() == source.with_suffix(".bin").read_bytes()
+
+
+def test_the_shadow_of_a_pager_ends_with_it_or_soon_after(pager: Pager) -> None:
+    def shadows(pid: int) -> list[int]:
+        return [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+    (first,) = shadows(pager.pid)
+    watch = os.pidfd_open(first)
+    assert Path(f"/proc/{first}/comm").read_text() == "ksmd-shadow\n"
+    assert Path(f"/proc/{pager.pid}/comm").read_text() == "ksmd-pager\n"
+    os.kill(pager.pid, signal.SIGKILL)
+    began = time.monotonic()
+    with pytest.raises(PagerGoneError):  # at once, although its end of the channel is open
+        pager.stats()
+    assert time.monotonic() - began < 5
+    assert select.select([watch], [], [], PATIENCE)[0], "it stays"
+    os.close(watch)
+    pager.restart()
+    (second,) = shadows(pager.pid)
+    watch = os.pidfd_open(second)
+    assert pager.close()
+    assert select.select([watch], [], [], 1)[0], "a pager that leaves leaves it behind"
+    os.close(watch)
+
+
+def test_a_child_that_is_born_while_a_pager_is_replaced_is_held_once(
+    start: Start, pager: Pager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = start("families", arg=300)
+    target.process.send_signal(signal.SIGSTOP)
+    assert pager.stats()["forks"] < 300, "it was too fast"
+    tell = pager._tell
+
+    def tell_and_wait(*arguments: Any) -> None:
+        tell(*arguments)
+        target.process.send_signal(signal.SIGCONT)
+        _until(lambda: pager.stats()["forks"] > 0)
+
+    monkeypatch.setattr(pager, "_tell", tell_and_wait)
+    pager.restart()
+    target.hear("d")
+    assert pager.stats()["children"] == len(pager._holds.children) == 300
+    target.tell()
+    target.hear("e")
+    target.tell()
+    assert target.result()["bad"] == 0
+
+
+def test_a_pager_that_dies_before_it_has_heard_everything_is_replaced_too(
+    start: Start, pager: Pager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = start("families", arg=10)
+    target.hear("d")
+    assert pager.stats()["forks"] == 10
+    os.kill(pager.pid, signal.SIGKILL)
+    target.tell()
+    commands = iter([["false"], ["sleep", "0"]])
+    command = door.command
+    monkeypatch.setattr(door, "command", lambda *words: next(commands, command(*words)))
+    pager.restart()
+    assert next(commands, None) is None
+    target.hear("e")
+    target.tell()
+    assert target.result()["bad"] == 0
+
+
+def test_what_ends_while_the_pager_is_dead_is_not_told_to_the_next(
+    start: Start, pager: Pager
+) -> None:
+    target, other = start("waits"), start("waits")
+    for one in (target, other):
+        one.hear("d")
+    pager.extend(target.pid, [(0x1000, 0x2000)])
+    os.kill(pager.pid, signal.SIGKILL)
+    _until(lambda: not pager.alive())
+    pager.settle_all(target.pid)
+    pager.drop(other.pid)
+    pager.release(1)
+    assert pager.unsettled == []
+    with pytest.raises(PagerGoneError):  # but nothing new begins without it
+        pager.extend(target.pid, [(0x1000, 0x2000)])
+    pager.settle_all(target.pid)
+    pager.restart()
+    assert pager.ids == [target.pid]
+    assert pager.stats()["contexts"] == 1
+    target.tell()
+    assert target.result()["bad"] == 0
+    other.end()
+
+
 def test_the_pager_outlives_the_daemon_and_leaves_after_the_last_target(
     start: Start, pager: Pager
 ) -> None:
@@ -483,10 +601,10 @@ def test_malformed_messages_are_answered_with_an_error_and_harm_nobody(
     ):
         with pytest.raises(PagerRefusedError):
             pager._ask({"do": None, **header})
-    assert pager._end is not None
+    assert pager._line.end is not None
     for raw in (b"x", b"\xff\xff\xff\xff", b"\x02\0\0\0[]", b"\x01\0\0\0{"):
-        pager._end.send(raw)
-        header, _, _ = channel.receive(pager._end)
+        pager._line.end.send(raw)
+        header, _, _ = channel.receive(pager._line.end)
         assert not header["ok"], raw
     with pytest.raises(PagerRefusedError, match="guarded already"):
         pager._ask({"do": "guard", "id": target.pid}, target.context)

@@ -19,6 +19,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from remap_lab import (
@@ -206,6 +207,57 @@ def test_target_endures_the_death_of_its_tracer_at_every_ptrace_request(
     endurer.arena_is_right()
     print(f"\n{endurer.figures()}")
     assert endurer.tally["kills"] > 20, "the window made fewer requests than it can"
+
+
+def _frozen_in_a_window(endurer: Endurer) -> int:
+    """Stop the tracer (as a job) while every thread of the target stands still; its pid."""
+    while True:
+        tracer = endurer.lab.engine.pid
+        while procfs.status_fields(endurer.pid)["TracerPid"] == "0":
+            time.sleep(0.0002)
+        os.kill(tracer, signal.SIGSTOP)
+        time.sleep(0.02)  # the stub, where it runs, comes to a marker
+        rounds = endurer.word(endurer.ROUNDS)
+        time.sleep(0.005)
+        if rounds == endurer.word(endurer.ROUNDS):
+            return tracer
+        os.kill(tracer, signal.SIGCONT)
+
+
+def _windows_until_lost(endurer: Endurer) -> None:
+    while not endurer.window().lost:
+        pass
+
+
+@pytest.mark.parametrize("endurer", ["write"], indirect=True)
+def test_the_word_says_dead_long_before_a_thread_runs(endurer: Endurer) -> None:
+    """Until then the stub must have ended its record: see alive.py."""
+    gaps = []
+    for _ in range(7):
+        endurer.window()  # starts the tracer
+        worker = threading.Thread(target=_windows_until_lost, args=(endurer,))
+        worker.start()
+        tracer = _frozen_in_a_window(endurer)
+        links = descriptors(tracer).items()
+        number = next(number for number, link in links if link.startswith("/memfd:ksmd-alive"))
+        with Path(f"/proc/{tracer}/fd/{number}").open("rb") as file:
+            word = mmap.mmap(file.fileno(), PAGE_SIZE, prot=mmap.PROT_READ)
+        rounds = endurer.word(endurer.ROUNDS)
+        os.kill(tracer, signal.SIGKILL)
+        runs = False
+        while not word[3] & 0x40:  # FUTEX_OWNER_DIED
+            assert not runs, "a thread runs while it says alive"
+            runs = endurer.word(endurer.ROUNDS) != rounds
+        began = time.perf_counter()
+        while endurer.word(endurer.ROUNDS) == rounds:
+            pass
+        gaps.append(time.perf_counter() - began)
+        worker.join()
+        word.close()
+        endurer.must_be_well()
+    gaps.sort()
+    print(f"\nfrom the mark to the first thread: {[round(gap * 1000, 1) for gap in gaps]} ms")
+    assert gaps[4] > 0.004
 
 
 def test_target_killed_at_any_time_is_gone_for_its_parent_at_once(

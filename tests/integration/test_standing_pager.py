@@ -1,16 +1,12 @@
 """A pager that is a service of its own: daemons come and go, and a crash loses nothing.
 
-The service manager is played by the test: it keeps what it is told to keep, and passes it on.
+The service manager is played by victims.manager: it keeps what it is told to, and passes it on.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import os
-import secrets
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -19,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from victims.manager import ServiceManager
 
 from ksmd.daemon import adopt
 from ksmd.guard import client, door
@@ -37,86 +34,6 @@ def until(condition: Callable[[], object]) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
-
-
-class ServiceManager:
-    """Starts the pager under one name, and keeps its descriptors."""
-
-    def __init__(self, directory: Path) -> None:
-        self.name = f"/run/test-{secrets.token_hex(4)}.sock"
-        self.kept: dict[str, int] = {}
-        self.ready = 0
-        self._directory = directory
-        self._process: subprocess.Popen[bytes] | None = None
-        self._end = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._end.bind(str(directory / "notify"))
-        self._end.settimeout(0.05)
-        self._closing = False
-        self._thread = threading.Thread(target=self._listen)
-        self._thread.start()
-
-    def start(self) -> int:
-        """Start a pager, with what was kept for the one before, and wait until it serves."""
-        before = self.ready
-        # away from the numbers at which they are handed over
-        given = {name: fcntl.fcntl(fd, fcntl.F_DUPFD, 100) for name, fd in self.kept.items()}
-        moves = "".join(f"exec {3 + at}<&{fd}; " for at, fd in enumerate(given.values()))
-        command = door.command(door.STANDING, self.name)
-        script = f'{moves} export LISTEN_PID=$$; exec "$@"'
-        environ = os.environ | {
-            "NOTIFY_SOCKET": str(self._directory / "notify"),
-            "LISTEN_FDS": str(len(given)),
-            "LISTEN_FDNAMES": ":".join(given),
-        }
-        self._process = subprocess.Popen(
-            ["bash", "-c", script, "bash", *command], env=environ, pass_fds=tuple(given.values())
-        )
-        for fd in given.values():
-            os.close(fd)
-        until(lambda: self.ready > before or self._process.poll() is not None)
-        assert self._process.poll() is None
-        return self._process.pid
-
-    def kill(self) -> None:
-        assert self._process is not None
-        self._process.kill()
-        self._process.wait()
-
-    def term(self) -> None:
-        assert self._process is not None
-        self._process.terminate()
-
-    def runs(self) -> bool:
-        assert self._process is not None
-        return self._process.poll() is None
-
-    def _listen(self) -> None:
-        while not self._closing:
-            with contextlib.suppress(TimeoutError):
-                text, fds, _, _ = socket.recv_fds(self._end, 4096, 4)
-                told = dict(line.split("=", 1) for line in text.decode().split("\n"))
-                if "FDSTORE" in told:
-                    self._forget(told["FDNAME"])
-                    (self.kept[told["FDNAME"]],) = fds
-                elif "FDSTOREREMOVE" in told:
-                    self._forget(told["FDNAME"])
-                self.ready += told.get("READY") == "1"
-
-    def _forget(self, name: str) -> None:
-        if name in self.kept:
-            os.close(self.kept.pop(name))
-
-    def close(self) -> None:
-        for pid in door.pagers(self.name):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        if self._process is not None:
-            self._process.wait()
-        self._closing = True
-        self._thread.join()
-        self._end.close()
-        for fd in self.kept.values():
-            os.close(fd)
 
 
 @pytest.fixture
@@ -331,6 +248,46 @@ def test_without_another_one_in_time_the_daemon_starts_its_own(
     until(lambda: set(manager.kept) == {"notes-0", "notes-1"})
     late.close()
     pager.close(force=True)
+
+
+def test_a_daemon_that_starts_while_the_manager_restarts_its_pager_waits_for_it(
+    manager: ServiceManager, contexts: tuple[int, int]
+) -> None:
+    manager.start()
+    pager = take(manager)
+    pager.guard(5, contexts[0], about={"pid": 77})
+    until(lambda: "guard-5" in manager.kept)
+    manager.kill()
+    die(pager)
+    later = threading.Timer(0.5, manager.start)
+    later.start()
+    heir = take(manager)
+    later.join()
+    assert (heir.standing, heir.ids) == (True, [5])
+    heir.close(force=True)
+
+
+def test_the_guard_stands_although_a_daemon_came_first_with_a_pager_that_holds_nothing(
+    manager: ServiceManager, contexts: tuple[int, int]
+) -> None:
+    manager.start()
+    pager = take(manager)
+    pager.guard(5, contexts[0], about={"pid": 77})
+    until(lambda: "guard-5" in manager.kept)
+    manager.kill()
+    die(pager)
+    own = Pager(manager.name)
+    own.start()
+    pid = manager.start()
+    late = Pager.adopt(door.knock(pid), manager.name)
+    assert late.ids == [5]
+    assert not userfaultfd.is_dead(contexts[0])
+    die(late)
+    die(own)
+    heir = take(manager)
+    assert (heir.pid, heir.ids) == (pid, [5])
+    heir.close(force=True)
+    own.kill()
 
 
 def test_what_an_orphaned_pager_guards_goes_to_the_one_that_stands_by(

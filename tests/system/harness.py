@@ -106,7 +106,9 @@ class Held:
 
     def gone(self, patience: float = 0.0) -> bool:
         """Tell whether it has ended, waiting up to *patience* seconds for it."""
-        return bool(select.select([self._fd], [], [], patience)[0])
+        poll = select.poll()
+        poll.register(self._fd, select.POLLIN)
+        return bool(poll.poll(patience * 1000))
 
     def end(self) -> None:
         """Kill it, if it still runs."""

@@ -6,7 +6,9 @@ They are at worst kept waiting, and are never shown wrong data.
 from __future__ import annotations
 
 import random
+import re
 import signal
+import subprocess
 import threading
 import time
 
@@ -19,12 +21,14 @@ from harness import (
     check_but_for_eintr,
     descriptors,
     layout,
+    mappings,
     settings_for,
     store_mappings,
     until,
 )
 
 from ksmd.client import Client
+from ksmd.guard import door
 from ksmd.model.errors import KsmdError
 
 pytestmark = pytest.mark.root
@@ -148,6 +152,49 @@ def test_when_the_pager_is_killed_during_scans_the_next_scan_goes_on(pair, daemo
         assert oracle.share() == 1
         daemon.give_back()
         check_all(pair)
+
+
+def test_pagers_that_are_killed_on_their_way_up_do_not_take_the_daemon_along(pair, daemons):
+    oracle = Oracle(*pair)
+    daemon = daemons(settings_for(*pair) | CROWDED)
+    daemon.scan()
+    for _ in range(5):
+        (pid,) = until(lambda: door.pagers(str(daemon.socket)), "a pager")
+        Held(pid).end()
+    use(pair)
+    assert daemon.process.poll() is None
+    daemon.allow_again()
+    daemon.scan()
+    assert oracle.share() > 0.95
+    assert daemon.stop() == 0
+    check_all(pair)
+
+
+def test_the_daemon_reads_nothing_by_a_call_that_waits_for_the_pager(pair, daemons, tmp_path):
+    """It alone starts another: were it to wait for a page that was dropped, all would for ever."""
+    daemon = daemons(settings_for(*pair))
+    daemon.scan()
+    pair[0].command("write 10 200")
+    pair[0].command("restore 10 200")
+    log = tmp_path / "calls"
+    command = ["strace", "-f", "-v", "-e", "trace=process_vm_readv", "-o", log, "-p", daemon.pid]
+    with subprocess.Popen([str(word) for word in command], stderr=subprocess.PIPE) as watcher:
+        assert watcher.stderr is not None
+        assert b"attached" in watcher.stderr.readline()
+        oracle = Oracle(*pair)
+        daemon.scan()
+        watcher.send_signal(signal.SIGINT)
+        watcher.wait()
+    assert oracle.share() == 1, "nothing was merged again"
+    spans = [
+        (start, end)
+        for victim in pair
+        for start, end, _, path in mappings(victim.pid)
+        if "/memfd:ksmd" in path
+    ]
+    read = [int(at, 16) for at in re.findall(r"iov_base=(0x[0-9a-f]+)", log.read_text())]
+    assert read, "nothing was seen"
+    assert [at for at in read if any(start <= at < end for start, end in spans)] == []
 
 
 def test_when_the_tracer_is_killed_between_scans_the_next_scan_goes_on(pair, daemons):

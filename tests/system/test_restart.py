@@ -46,7 +46,7 @@ pytestmark = pytest.mark.root
 
 #: The background scan of a new daemon waits here before it merges, so that counts can be exact.
 CALM = {"scan": {"sleep_millisecs": 600_000}}
-KILLS = int(os.environ.get("KSMD_SOAK_KILLS", "10"))
+KILLS = int(os.environ.get("KSMD_SOAK_KILLS", "4"))
 
 
 class Lives:
@@ -72,8 +72,13 @@ class Lives:
 
     def pager(self) -> Held:
         """Give the pager that guards now."""
-        (pid,) = door.pagers(str(self._directory / "ksmd.sock"))
-        return self._pagers.setdefault(pid, Held(pid))
+        name = str(self._directory / "ksmd.sock")
+        # one that held nothing when its daemon was killed may be on its way out
+        until(lambda: len(door.pagers(name)) == 1, "one pager")
+        (pid,) = door.pagers(name)
+        if pid not in self._pagers:
+            self._pagers[pid] = Held(pid)
+        return self._pagers[pid]
 
     def kill(self, *, tracer: bool = False) -> None:
         """SIGKILL the daemon; the tracer just before it, if asked for."""
@@ -82,7 +87,7 @@ class Lives:
         if held is not None:
             held.end()
         self.daemon.process.kill()
-        self._end()
+        self.buried()
 
     def start_in_vain(self, seconds: float) -> None:
         """Start one with the latest settings, and SIGKILL it on its way up, or soon after."""
@@ -104,10 +109,11 @@ class Lives:
     def stop(self) -> int:
         """Have the daemon stop as its settings say; its exit code."""
         code = self.daemon.stop()
-        self._end()
+        self.buried()
         return code
 
-    def _end(self) -> None:
+    def buried(self) -> None:
+        """Note the end of a daemon that was killed."""
         self.daemon.process.wait(PATIENCE)
         self.logs.append(self.daemon.log())
 

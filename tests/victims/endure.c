@@ -6,10 +6,11 @@
  * memory of 64-bit words: rounds, wrong results, calls that ended by EINTR, the latest end of a
  * wait after its timeout (microseconds), and what was wrong last.
  *
- * MODE: compute | tiles | nanosleep | epoll | futex | pipe | poll | storm | churn | write | drop.
+ * MODE: compute | tiles | nanosleep | epoll | futex | pipe | poll | storm | churn | write | drop | fork.
  * tiles: AMX tile registers, which threads get room for when they first use them; compute where there
  * are none. storm: signals every 200 us, taken on the ordinary stack. churn: malloc, realloc, mmap, munmap.
- * write: three threads write to the arena. drop: three threads drop pages of it and refill them.
+ * write: three threads write to the arena. drop: three threads drop pages of it and refill them. fork:
+ * children look at the arena, write to it and drop pages of it. All others look at the arena meanwhile.
  */
 #include <errno.h>
 #include <immintrin.h>
@@ -26,6 +27,7 @@
 #include <sys/prctl.h>
 #include <sys/syscall.h>
 #include <sys/time.h>
+#include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -272,6 +274,55 @@ static void drop_round(uint64_t *state, int actor)
 	fill(page);
 }
 
+static void look(uint64_t *state)
+{
+	for (int i = 0; i < 8; i++) {
+		long page = (long)(next(state) % (uint64_t)pages);
+		int k = (int)(next(state) % WORDS);
+
+		if (*word_at(page, k) != word(page, k))
+			wrong(9000);
+	}
+}
+
+/* What a child does to its arena must be seen by it alone; it lasts some milliseconds. */
+static void child_life(uint64_t *state)
+{
+	struct timespec t = { 0, (long)(next(state) % 3000000) };
+	long page = (long)(next(state) % (uint64_t)(pages - 8));
+
+	look(state);
+	*word_at(page, 3) = 1;
+	nanosleep(&t, NULL);
+	if (*word_at(page, 3) != 1 || *word_at(page, 4) != word(page, 4))
+		wrong(9100);
+	must(madvise((void *)word_at(page, 0), 8 * PAGE, MADV_DONTNEED) == 0, "MADV_DONTNEED");
+	for (int k = 0; k < 8 * WORDS; k += 73)
+		if (word_at(page, 0)[k])
+			wrong(9101);
+	for (int i = 0; i < 8; i++)
+		fill(page + i);
+	look(state);
+}
+
+static void do_fork(uint64_t *state)
+{
+	int status;
+	pid_t child = fork();
+
+	must(child >= 0, "fork");
+	if (!child) {
+		prctl(PR_SET_PDEATHSIG, SIGKILL);
+		child_life(state);
+		_exit(0);
+	}
+	while (waitpid(child, &status, 0) < 0)
+		errno == EINTR ? (void)ctl[EINTRS]++ : wrong(1000 + (uint64_t)errno);
+	if (status)
+		wrong(9200 + (uint64_t)status);
+	next(state);
+}
+
 static void (*crew_round)(uint64_t *state, int actor);
 
 static void *crew(void *arg)
@@ -337,7 +388,9 @@ int main(int argc, char **argv)
 		else if (!strcmp(mode, "tiles")) tiles ? do_tiles(round) : do_compute(round);
 		else if (!strcmp(mode, "storm")) do_storm(round);
 		else if (!strcmp(mode, "churn")) do_churn(&state);
+		else if (!strcmp(mode, "fork")) do_fork(&state);
 		else do_wait(mode);
+		look(&state);
 		ctl[ROUNDS]++;
 	}
 }
