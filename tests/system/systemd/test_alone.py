@@ -144,7 +144,7 @@ def test_what_it_stores_goes_with_the_targets_and_is_still_there_after_a_restart
 
     machine.run("systemctl", "stop", "ksmd.service")
     assert given_back(pair)
-    assert machine.code("pgrep", "^ksmd-") == 1
+    assert machine.code("pgrep", "^ksmd-(main|tracer|pager)") == 1
     assert stored(alone) == 0
 
 

@@ -56,7 +56,7 @@ def test_a_package_is_upgraded_without_unmerging_and_removed_after_it(bare: Mach
         bare.run("dpkg", "--remove", "ksmd")
         assert [one.store_pages() for one in pair] == [0, 0]
         assert [one.ask("check") for one in pair] == ["right", "right"]
-        assert bare.code("pgrep", "^ksmd-") == 1
+        assert bare.code("pgrep", "^ksmd-(main|tracer|pager)") == 1
         assert bare.run("systemctl", "--failed", "--no-legend") == ""
         assert bare.code("test", "-e", "/usr/lib/ksmd") == 1
         assert bare.code("test", "-e", "/etc/ksmd/conf.d/test.yaml") == 0
