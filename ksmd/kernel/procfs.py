@@ -124,13 +124,16 @@ def parse_stat(data: bytes) -> TaskStat:
         raise ValueError(f"stat: {error}") from None
 
 
+_SPACE = " \t\r\v\f"  # not what else Unicode has: a process may have it in its name
+
+
 def parse_fields(data: bytes) -> dict[str, str]:
     """Parse "Key: value" lines (status, fdinfo, meminfo). Lines without a colon are skipped."""
     fields = {}
-    for line in data.split(b"\n"):
-        key, colon, value = line.partition(b":")
+    for line in os.fsdecode(data).split("\n"):
+        key, colon, value = line.partition(":")
         if colon:
-            fields[os.fsdecode(key)] = os.fsdecode(value.strip())
+            fields[key] = value.strip(_SPACE)
     return fields
 
 
