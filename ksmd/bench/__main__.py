@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from ksmd.bench import machine, plot, share, table
+from ksmd.bench import growth, machine, plot, share, table
 from ksmd.bench.compete import compete, contenders
 from ksmd.bench.options import Options, parse
 from ksmd.bench.summary import of_outcome
@@ -28,6 +28,8 @@ def run(options: Options) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if options.share:
         return run_share(options)
+    if options.growth:
+        return run_growth(options)
     who, missing = contenders(options)
     if missing:
         complain(PROG, missing)
@@ -64,6 +66,22 @@ def run_share(options: Options) -> int:
     out.print(title)
     out.print(made)
     out.print()
+    out.print(machine.line(found))
+    return 0
+
+
+def run_growth(options: Options) -> int:
+    """Measure what a page costs as everything grows."""
+    found = machine.describe()
+    sizes = growth.measure(options, progress)
+    if options.json:
+        print_json({"machine": found, "growth": growth.as_dict(sizes)})
+        return 0
+    out = console()
+    for title, made in growth.tables(sizes):
+        out.print(title)
+        out.print(made)
+        out.print()
     out.print(machine.line(found))
     return 0
 

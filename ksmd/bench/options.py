@@ -24,7 +24,8 @@ after all costs, pauses, latency. Needs root, a C compiler, and a host on which 
 class Options:
     """``mib``: memory of each of the ``victims``; ``rounds``: runs of each contender.
 
-    ``share``: MiB of which only it is measured how long it takes to share them at once.
+    ``share``: MiB of which only it is measured how long it takes to share them at once. ``growth``:
+    only what a page costs is measured, as memory and victims grow.
     """
 
     workloads: tuple[Workload, ...]
@@ -36,6 +37,7 @@ class Options:
     json: bool
     plot: Path | None
     share: tuple[int, ...] = ()
+    growth: bool = False
 
     @property
     def pages(self) -> int:
@@ -104,6 +106,11 @@ def parser() -> argparse.ArgumentParser:
         help="measure instead how long a worker waits until so much of its memory is shared, when"
         f" it asks for that itself (default {','.join(map(str, SIZES))})",
     )
+    made.add_argument(
+        "--growth",
+        action="store_true",
+        help="measure instead what a page costs as memory and the number of victims grow",
+    )
     return made
 
 
@@ -122,4 +129,5 @@ def parse(argv: Sequence[str] | None) -> Options:
         json=args.json,
         plot=args.plot,
         share=args.share,
+        growth=args.growth,
     )

@@ -223,14 +223,17 @@ class Ksmd:
         finally:
             self._call("Pause")
 
+    def table_bytes(self) -> int:
+        """Bytes of its tables."""
+        return _table_bytes(self._call("Status"))
+
     def report(self, entries: NDArray[np.uint64], /) -> Report:
         """Ask for the status, and /proc for the rest."""
         status = self._call("Status")
-        vmas = sum(target["vmas_used"] for target in status["targets"]) * VMA_BYTES
         family = [self.pid, *children(self.pid)]
         spare = census.shared_memory_pages(self.pid) - census.file_frames(entries)
         costs = Costs(
-            tables=status["metadata_bytes"] - vmas,
+            tables=_table_bytes(status),
             store=max(0, spare) * PAGE_SIZE,
             processes=sum(census.resident_without_store(pid) for pid in family),
         )
@@ -243,3 +246,8 @@ class Ksmd:
             "passes": len(self._passes),
         }
         return Report(costs, details)
+
+
+def _table_bytes(status: dict[str, Any]) -> int:
+    vmas = sum(int(target["vmas_used"]) for target in status["targets"])
+    return int(status["metadata_bytes"]) - vmas * VMA_BYTES

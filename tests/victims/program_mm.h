@@ -41,9 +41,8 @@ static long a_size(struct rng *r)
 }
 
 /*
- * README, limits: flags that madvise gives a range between a scan and the stop may be lost. So
- * MADV_DONTFORK and its like are given to memory in which nothing has been yet: no scan finds a
- * page there before the flag is set.
+ * README, limits: flags that madvise gives a single page between a scan and the stop may be lost. So
+ * MADV_DONTFORK and its like are given to many pages, in which nothing has been yet.
  */
 static void give_trait(struct rng *r, struct slot *s, size_t bytes)
 {
