@@ -70,13 +70,15 @@ class Service:
             mode=int(settings.socket_mode, 8),
             gid=listening.group_id(settings.socket_group),
         )
+        self._engine = Engine()
         try:
+            self._engine.begin()  # it loads while the guard is tested
             self.features = require_features()
             name = str(self.server.path.absolute())
             self._guardian = Guardian(name, self.manager.stored())
-            self._engine = Engine()
             self._start_helpers()
         except BaseException:
+            self._engine.close()
             self.server.close()
             raise
         self._pager = self._guardian.pager

@@ -56,11 +56,12 @@ class Engine:
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
+        self._awaited = False  # it was begun, and has not said yet that it serves
         self._ours, theirs = channel.pair()
         theirs.close()
 
-    def start(self) -> None:
-        """Start a tracer and wait until it can serve."""
+    def begin(self) -> None:
+        """Start a tracer; :meth:`start` waits for it."""
         self.close()
         self._ours, theirs = channel.pair()
         self._ours.settimeout(_REPLY_SECONDS)
@@ -70,6 +71,13 @@ class Engine:
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
             )
+        self._awaited = True
+
+    def start(self) -> None:
+        """Start a tracer, unless one was begun, and wait until it can serve."""
+        if not self._awaited:
+            self.begin()
+        self._awaited = False
         try:
             channel.receive(self._ours)
         except (channel.PeerGoneError, TimeoutError) as error:
@@ -89,6 +97,7 @@ class Engine:
             self._process.kill()
             self._process.wait()
             self._process = None
+        self._awaited = False
 
     def _ask(
         self,
@@ -102,8 +111,10 @@ class Engine:
             self.start()
         try:
             channel.send(self._ours, header, payload, fds)
-            meanwhile()
-            reply, data, out = channel.receive(self._ours)
+            try:
+                meanwhile()
+            finally:  # whatever comes of that, the answer is this request's
+                reply, data, out = channel.receive(self._ours)
         except (channel.PeerGoneError, TimeoutError):
             raise self._lost() from None
         if "leaving" in reply:

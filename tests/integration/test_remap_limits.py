@@ -23,12 +23,13 @@ from remap_lab import (
 )
 from victims import Victim
 
+from ksmd.core.windows import columns
 from ksmd.kernel import procfs, risks
 from ksmd.kernel.memfd import ExtentMap
 from ksmd.kernel.vmaquery import VmaQuery
 from ksmd.model.refusal import Reason
 from ksmd.model.units import PAGE_SIZE
-from ksmd.model.window import Op, Record
+from ksmd.model.window import Op, Record, WindowRequest
 from ksmd.remap.engine import RefusedTargetError
 
 pytestmark = pytest.mark.root
@@ -287,3 +288,24 @@ def test_pages_dropped_after_a_merge_stay_zero_if_the_unmerge_fails(bench: Bench
         assert page == bytes(PAGE_SIZE), "store content shows where the program dropped a page"
     assert bench.ask("peek(a + 9 * PAGE)") == 0
     assert bench.ask("peek(a + 8 * PAGE)") == bench.first[8 * PAGE_SIZE]
+
+
+def test_what_goes_wrong_while_the_tracer_is_at_work_costs_no_answer(lab: Lab) -> None:
+    """The next request would be given this one's, and merge what nobody asked for."""
+    npages = 4
+    with Script(f"at = anon({npages} * PAGE); fill(at, {npages}); reply(at)\n") as victim:
+        subject = lab.adopt(victim.pid)
+        extent = lab.extent_like(victim.pid, victim.ready, npages)
+        record = run(Op.MERGE, victim.ready, 0, npages)
+        request = WindowRequest(subject.id, columns([record]), extent.inode, 10)
+
+        def fail() -> None:
+            raise RuntimeError("meanwhile")
+
+        lab.announce(subject, [record])
+        with pytest.raises(RuntimeError, match="meanwhile"):
+            lab.engine.window(request, subject.contexts, extent.fd_ro, meanwhile=fail)
+        lab.pager.settle_all(subject.slot)
+        back = lab.window(subject, [run(Op.UNMERGE, victim.ready, 0, npages)], extent)
+        assert done(back), says(back)
+        assert [outcome.record.op for outcome in back.outcomes] == [Op.UNMERGE]

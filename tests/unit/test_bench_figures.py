@@ -8,11 +8,12 @@ import json
 import numpy as np
 import pytest
 
-from ksmd.bench import table
+from ksmd.bench import growth, table
 from ksmd.bench.census import possible
 from ksmd.bench.clocks import ended_children
 from ksmd.bench.compete import Outcome
 from ksmd.bench.contender import OURS, THEIRS
+from ksmd.bench.growth import Grown
 from ksmd.bench.model import Costs, Point, Run, mark
 from ksmd.bench.options import parse
 from ksmd.bench.ours import settings
@@ -191,3 +192,16 @@ def test_the_table_of_latencies_has_a_line_for_each_size() -> None:
     lines = [line.split() for line in out.file.getvalue().splitlines()]
     assert lines[1] == ["1", "20.0", "30.0", "10.0", "30.0", "50", "100.0%"]
     assert lines[2] == ["1024", "4000.0", "4000.0", "4000.0", "4000.0", "256", "50.0%"]
+
+
+def test_growth_compares_every_size_with_the_first() -> None:
+    sizes = [Grown(32, 8, 65536, 4.0, 1.0, 4.0), Grown(128, 8, 262144, 5.0, 0.9, 4.25)]
+    ((title, made),) = growth.tables({"memory": sizes})
+    assert "memory" in title
+    columns = [list(column.cells) for column in made.columns]
+    assert columns == [
+        ["8", "8"], ["32", "128"], ["0.25", "1.00"], ["4.00", "5.00"], ["1.00", "1.25"],
+        ["1.00", "0.90"], ["1.00", "0.90"], ["4.0", "4.2"],
+    ]  # fmt: skip
+    (told,) = growth.as_dict({"memory": sizes[1:]})["memory"]
+    assert (told["pages"], told["merge_us"], told["table_bytes"]) == (262144, 5.0, 4.25)
