@@ -270,7 +270,8 @@ class Pager:
                 self._process.wait(DEADLINE)
         if force:
             self.kill()
-            self._line.inherit(())
+            for fd in self._line.inherit(()):
+                os.close(fd)
             left = True
         if left:
             self._holds.store(False)

@@ -235,8 +235,9 @@ def _reason(op: int, result: int, stage: int) -> Reason:
     if stage >= stub.STUCK:
         return Reason.POISONED
     if -result > stub.FLAGGED:
-        flags = Advice(-result - stub.FLAGGED)
-        return next(reason for flag, reason in _FLAGGED.items() if flag in flags)
+        flags = -result - stub.FLAGGED
+        named = (reason for flag, reason in _FLAGGED.items() if flag & flags)
+        return next(named, Reason.WINDOW_FAILED)  # a mapping that could not be tried: sealed, say
     match -result:
         case -1:
             return Reason.CHANGED

@@ -75,7 +75,8 @@ enum { O_CLOEXEC_NONBLOCK = 02004000, RLIMIT_NOFILE = 7 };
 
 enum { MODE_WINDOW = 0, MODE_SETUP = 1 };
 enum { OP_MERGE = 0, OP_ZERO = 1, OP_UNMERGE = 2, OP_REMERGE = 3 };
-enum { REC_DONTFORK = 2, REC_DONTDUMP = 4, REC_WIPEONFORK = 8, REC_TRIAL_SHIFT = 8 };
+enum { REC_DONTFORK = 2, REC_DONTDUMP = 4, REC_WIPEONFORK = 8, REC_UNTRIED = 16,
+       REC_TRIAL_SHIFT = 8 };
 enum { RES_FLAGGED = 1000 }; /* -result of a record whose mapping has flags: this plus the flags */
 /* stages a record reaches; +100: undone, +200: the undo failed */
 enum { ST_NONE, ST_REGISTERED, ST_ASIDE, ST_EQUAL, ST_MAPPED, ST_FILLED, ST_GUARDED, ST_DONE };
@@ -630,7 +631,7 @@ static int one_mapping(u64 start)
  */
 static int advised(u64 start, u64 advice)
 {
-    if (!one_mapping(start) || call3(SYS_madvise, start, PAGE, advice + 1))
+    if (call3(SYS_madvise, start, PAGE, advice + 1))
         return 1;
     if (one_mapping(start))
         return 0;
@@ -643,12 +644,15 @@ static void try_flags(struct header *h)
     u64 *trial = (u64 *)h->trials;
 
     for (u64 i = 0; i < h->ntrials && !tracer_dead(h); i++) {
-        u64 flags = advised(trial[i], MADV_DONTFORK) ? REC_DONTFORK : 0;
-        if (advised(trial[i], MADV_DONTDUMP))
-            flags |= REC_DONTDUMP;
-        if (!lifts(h) && advised(trial[i], MADV_WIPEONFORK))
-            flags |= REC_WIPEONFORK;
-        trial[i] = flags;
+        u64 at = trial[i];
+        trial[i] = REC_UNTRIED;
+        if (!one_mapping(at)) /* it is sealed, say */
+            continue;
+        trial[i] = advised(at, MADV_DONTFORK) ? REC_DONTFORK : 0;
+        if (advised(at, MADV_DONTDUMP))
+            trial[i] |= REC_DONTDUMP;
+        if (!lifts(h) && advised(at, MADV_WIPEONFORK))
+            trial[i] |= REC_WIPEONFORK;
     }
 }
 
@@ -656,10 +660,13 @@ static void try_flags(struct header *h)
 static void know_flags(struct header *h, struct record *r)
 {
     u64 number = r->flags >> REC_TRIAL_SHIFT;
+    u64 found = number ? ((u64 *)h->trials)[number - 1] : REC_UNTRIED;
 
     r->flags &= (1 << REC_TRIAL_SHIFT) - 1;
-    if (number)
-        r->flags = (u32)((u64 *)h->trials)[number - 1];
+    if (found != REC_UNTRIED)
+        r->flags = (u32)found;
+    else if (number && r->op == OP_MERGE)
+        r->flags = REC_UNTRIED;
 }
 
 static void mark(struct header *h, u64 phase)

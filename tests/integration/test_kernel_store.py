@@ -189,7 +189,7 @@ def test_an_extent_that_is_given_up_half_way_leaves_nothing(steps: int) -> None:
     def sums(view: memoryview) -> NDArray[np.uint32]:
         return np.zeros(view.nbytes >> PAGE_SHIFT, np.uint32)
 
-    store = Store("test", sums, PinRing(), Forgetful())
+    store = Store("half", sums, PinRing(), Forgetful())
     mapped = mapped_bytes()
     making = Making(store.making(plan, lambda _slot, _page, view: view.nbytes))
     for _ in range(steps):
@@ -199,7 +199,7 @@ def test_an_extent_that_is_given_up_half_way_leaves_nothing(steps: int) -> None:
     for number in list(store.extents):
         store.release(number)
     del making
-    assert not [fd for fd in open_fds() if "ksmd-test" in fd]
+    assert not [fd for fd in open_fds() if "/memfd:ksmd-half " in fd]
     assert mapped_bytes() < mapped + HUGE_PAGE_SIZE
 
 
