@@ -21,7 +21,10 @@ _PAGE = {Op.MERGE: 1.2, Op.ZERO: 0.8, Op.UNMERGE: 2.0, Op.REMERGE: 1.2}
 _AIM = 0.6
 #: A slow window counts at once, a fast one little: too short costs time, too long breaks a promise.
 _UP, _DOWN = 0.5, 0.1
-_LEAST, _MOST = 0.2, 16.0
+#: Windows are never cut to less than a third of their usual size: what a stop takes whatever it
+#: does (a target with tens of thousands of mappings) would else be taken for the price of its
+#: records, and windows would shrink until nothing came of them.
+_LEAST, _MOST = 0.2, 3.0
 #: Shorter windows say more about the machine's noise than about their records.
 _TELLING = 200.0
 
