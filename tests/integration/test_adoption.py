@@ -18,7 +18,7 @@ from ksmd.guard import client, door
 from ksmd.guard.client import Pager
 from ksmd.guard.held import KeptExtent
 from ksmd.guard.line import PagerRefusedError
-from ksmd.kernel import iouring, libc, memfd, userfaultfd
+from ksmd.kernel import iouring, libc, memfd
 from ksmd.model.errors import KsmdError
 from ksmd.model.units import PAGE_SIZE
 
@@ -41,27 +41,6 @@ def pager(name: str) -> Iterator[Pager]:
     pager.close(force=True)
     for pid in door.pagers(name):
         os.kill(pid, signal.SIGKILL)
-
-
-@pytest.fixture
-def extent() -> Iterator[memfd.ExtentMap]:
-    extent = memfd.create_extent("ksmd-test-adopt", PAGES)
-    libc.view(extent.address, extent.length)[:] = b"k" * extent.length
-    memfd.lock(extent)
-    yield extent
-    memfd.release(extent)
-
-
-@pytest.fixture
-def contexts() -> Iterator[tuple[int, int]]:
-    """Two contexts of this process: guard and tracking."""
-    device = userfaultfd.open_device()
-    guard, track = userfaultfd.create(device), userfaultfd.create(device)
-    userfaultfd.api(guard, userfaultfd.GUARD_FEATURES)
-    userfaultfd.api(track, userfaultfd.TRACK_FEATURES)
-    yield guard, track
-    for fd in (device, guard, track):
-        os.close(fd)
 
 
 def until(condition: Callable[[], object]) -> None:

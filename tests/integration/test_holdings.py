@@ -21,7 +21,7 @@ from ksmd.guard import door
 from ksmd.guard.client import Pager
 from ksmd.guard.held import KeptExtent
 from ksmd.guard.stored import Stored
-from ksmd.kernel import libc, memfd, userfaultfd
+from ksmd.kernel import memfd
 from ksmd.kernel.sdnotify import Inherited
 
 pytestmark = pytest.mark.root
@@ -87,27 +87,6 @@ def pager(manager: ServiceManager) -> Iterator[Pager]:
     made.start()
     yield made
     made.kill()
-
-
-@pytest.fixture
-def contexts() -> Iterator[tuple[int, int]]:
-    """Two contexts of this process: guard and tracking."""
-    device = userfaultfd.open_device()
-    guard, track = userfaultfd.create(device), userfaultfd.create(device)
-    userfaultfd.api(guard, userfaultfd.GUARD_FEATURES)
-    userfaultfd.api(track, userfaultfd.TRACK_FEATURES)
-    yield guard, track
-    for fd in (device, guard, track):
-        os.close(fd)
-
-
-@pytest.fixture
-def extent() -> Iterator[memfd.ExtentMap]:
-    extent = memfd.create_extent("ksmd-test-holdings", PAGES)
-    libc.view(extent.address, extent.length)[:] = b"k" * extent.length
-    memfd.lock(extent)
-    yield extent
-    memfd.release(extent)
 
 
 def of_another_process() -> tuple[subprocess.Popen[str], int]:

@@ -4,14 +4,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
 import pytest
 from kernel_victims import Victim
-from remap_lab import Lab, content, done, lab, merged, run, says, snapshot
+from remap_lab import Lab, Subject, content, done, lab, merged, run, says, snapshot
 
 from ksmd.kernel import procfs
+from ksmd.kernel.memfd import ExtentMap
 from ksmd.model.refusal import Reason
 from ksmd.model.units import PAGE_SIZE
-from ksmd.model.window import Op
+from ksmd.model.window import Advice, Op
 
 pytestmark = pytest.mark.root
 
@@ -22,6 +26,31 @@ ADVICE = {
     "dd": (16, Reason.DONTDUMP),
     "wf": (18, Reason.WIPEONFORK),
 }
+
+
+@dataclass
+class Arena:
+    """A victim's NPAGES pages, an extent like them, and the victim as the lab knows it."""
+
+    victim: Victim
+    address: int
+    subject: Subject
+    extent: ExtentMap
+
+    @property
+    def pid(self) -> int:
+        return self.victim.pid
+
+    def advise(self, first: int, npages: int, advice: int) -> None:
+        at = f"{self.address} + {first} * PAGE"
+        assert self.victim.ask(f"madvise({at}, {npages} * PAGE, {advice})") == 0
+
+
+@pytest.fixture
+def arena(lab: Lab) -> Iterator[Arena]:
+    with Victim(SCRIPT) as victim:
+        subject, extent = lab.adopt(victim.pid), lab.extent_like(victim.pid, victim.ready, NPAGES)
+        yield Arena(victim, victim.ready, subject, extent)
 
 
 def flagged(pid: int, address: int, flag: str) -> list[int]:
@@ -36,75 +65,64 @@ def flagged(pid: int, address: int, flag: str) -> list[int]:
 @pytest.mark.parametrize("flag", ADVICE)
 @pytest.mark.parametrize(("first", "npages"), [(0, NPAGES), (0, 1), (63, 1), (5, 1), (20, 16)])
 def test_a_flag_that_nobody_knew_of_keeps_the_page_from_being_merged(
-    lab: Lab, flag: str, first: int, npages: int
+    lab: Lab, arena: Arena, flag: str, first: int, npages: int
 ) -> None:
     advice, reason = ADVICE[flag]
-    with Victim(SCRIPT) as victim:
-        address = victim.ready
-        subject = lab.adopt(victim.pid)
-        extent = lab.extent_like(victim.pid, address, NPAGES)
-        assert victim.ask(f"madvise({address}, {NPAGES} * PAGE, {advice})") == 0
-        before, held = snapshot(victim.pid), content(victim.pid, address, NPAGES)
-        result = lab.window(subject, [run(Op.MERGE, address, first, npages)], extent)
-        assert [outcome.reason for outcome in result.outcomes] == [reason], says(result)
-        assert snapshot(victim.pid) == before
-        assert content(victim.pid, address, NPAGES) == held
-        assert flagged(victim.pid, address, flag) == list(range(NPAGES))
-        # and taken back by the program, it stands in nobody's way
-        assert victim.ask(f"madvise({address}, {NPAGES} * PAGE, {advice + 1})") == 0
-        assert done(lab.window(subject, [run(Op.MERGE, address, first, npages)], extent))
-        assert merged(victim.pid, extent) == npages
+    record = run(Op.MERGE, arena.address, first, npages)
+    arena.advise(0, NPAGES, advice)
+    before, held = snapshot(arena.pid), content(arena.pid, arena.address, NPAGES)
+    result = lab.window(arena.subject, [record], arena.extent)
+    assert [outcome.reason for outcome in result.outcomes] == [reason], says(result)
+    assert snapshot(arena.pid) == before
+    assert content(arena.pid, arena.address, NPAGES) == held
+    assert flagged(arena.pid, arena.address, flag) == list(range(NPAGES))
+    # and taken back by the program, it stands in nobody's way
+    arena.advise(0, NPAGES, advice + 1)
+    assert done(lab.window(arena.subject, [record], arena.extent))
+    assert merged(arena.pid, arena.extent) == npages
 
 
-def test_one_window_over_several_mappings_merges_just_those_without_a_flag(lab: Lab) -> None:
-    with Victim(SCRIPT) as victim:
-        address = victim.ready
-        subject = lab.adopt(victim.pid)
-        extent = lab.extent_like(victim.pid, address, NPAGES)
-        said = {8: 10, 24: 16, 40: 18}  # eight pages each
-        for first, advice in said.items():
-            assert victim.ask(f"madvise({address} + {first} * PAGE, 8 * PAGE, {advice})") == 0
-        held = content(victim.pid, address, NPAGES)
-        records = [run(Op.MERGE, address, first, 8) for first in range(0, NPAGES, 8)]
-        result = lab.window(subject, records, extent)
-        reasons = [outcome.reason for outcome in result.outcomes]
-        assert reasons == [
-            None, Reason.DONTFORK, None, Reason.DONTDUMP, None, Reason.WIPEONFORK, None, None,
-        ]  # fmt: skip
-        assert merged(victim.pid, extent) == 5 * 8
-        for (first, advice), flag in zip(said.items(), ADVICE, strict=True):
-            assert ADVICE[flag][0] == advice
-            assert flagged(victim.pid, address, flag) == list(range(first, first + 8))
-        assert content(victim.pid, address, NPAGES) == held
+def test_one_window_over_several_mappings_merges_just_those_without_a_flag(
+    lab: Lab, arena: Arena
+) -> None:
+    said = {8: 10, 24: 16, 40: 18}  # eight pages each
+    for first, advice in said.items():
+        arena.advise(first, 8, advice)
+    held = content(arena.pid, arena.address, NPAGES)
+    records = [run(Op.MERGE, arena.address, first, 8) for first in range(0, NPAGES, 8)]
+    result = lab.window(arena.subject, records, arena.extent)
+    reasons = [outcome.reason for outcome in result.outcomes]
+    assert reasons == [
+        None, Reason.DONTFORK, None, Reason.DONTDUMP, None, Reason.WIPEONFORK, None, None,
+    ]  # fmt: skip
+    assert merged(arena.pid, arena.extent) == 5 * 8
+    for (first, advice), flag in zip(said.items(), ADVICE, strict=True):
+        assert ADVICE[flag][0] == advice
+        assert flagged(arena.pid, arena.address, flag) == list(range(first, first + 8))
+    assert content(arena.pid, arena.address, NPAGES) == held
 
 
 @pytest.mark.parametrize("flag", ["dc", "dd"])
 def test_a_flag_that_was_given_to_merged_pages_is_theirs_when_they_are_given_back(
-    lab: Lab, flag: str
+    lab: Lab, arena: Arena, flag: str
 ) -> None:
     """The record does not speak of it: the daemon had read the maps before."""
-    advice, _ = ADVICE[flag]
-    with Victim(SCRIPT) as victim:
-        address = victim.ready
-        subject = lab.adopt(victim.pid)
-        extent = lab.extent_like(victim.pid, address, NPAGES)
-        held = content(victim.pid, address, NPAGES)
-        assert done(lab.window(subject, [run(Op.MERGE, address, 0, NPAGES)], extent))
-        assert victim.ask(f"madvise({address} + 8 * PAGE, 4 * PAGE, {advice})") == 0
-        undo = [run(Op.UNMERGE, address, first, n) for first, n in ((0, 8), (8, 4), (12, 52))]
-        assert done(lab.window(subject, undo, extent))
-        assert merged(victim.pid, extent) == 0
-        assert flagged(victim.pid, address, flag) == [8, 9, 10, 11]
-        assert content(victim.pid, address, NPAGES) == held
+    held = content(arena.pid, arena.address, NPAGES)
+    merge = run(Op.MERGE, arena.address, 0, NPAGES)
+    assert done(lab.window(arena.subject, [merge], arena.extent))
+    arena.advise(8, 4, ADVICE[flag][0])
+    undo = [run(Op.UNMERGE, arena.address, first, n) for first, n in ((0, 8), (8, 4), (12, 52))]
+    assert done(lab.window(arena.subject, undo, arena.extent))
+    assert merged(arena.pid, arena.extent) == 0
+    assert flagged(arena.pid, arena.address, flag) == [8, 9, 10, 11]
+    assert content(arena.pid, arena.address, NPAGES) == held
 
 
-def test_a_record_that_still_speaks_of_a_flag_that_was_taken_back_gives_none(lab: Lab) -> None:
-    with Victim(SCRIPT) as victim:
-        address = victim.ready
-        subject = lab.adopt(victim.pid)
-        extent = lab.extent_like(victim.pid, address, NPAGES)
-        assert done(lab.window(subject, [run(Op.MERGE, address, 0, NPAGES)], extent))
-        record = run(Op.UNMERGE, address, 0, NPAGES)
-        record = type(record)(record.op, record.start, record.length, record.offset, advice=2)
-        assert done(lab.window(subject, [record], extent))
-        assert flagged(victim.pid, address, "dc") == []
+def test_a_record_that_still_speaks_of_a_flag_that_was_taken_back_gives_none(
+    lab: Lab, arena: Arena
+) -> None:
+    merge = run(Op.MERGE, arena.address, 0, NPAGES)
+    assert done(lab.window(arena.subject, [merge], arena.extent))
+    undo = replace(run(Op.UNMERGE, arena.address, 0, NPAGES), advice=Advice.DONTFORK)
+    assert done(lab.window(arena.subject, [undo], arena.extent))
+    assert flagged(arena.pid, arena.address, "dc") == []

@@ -21,7 +21,7 @@ from ksmd.daemon import adopt
 from ksmd.guard import client, door
 from ksmd.guard.client import Pager
 from ksmd.guard.held import KeptExtent
-from ksmd.kernel import libc, memfd, userfaultfd
+from ksmd.kernel import memfd, userfaultfd
 
 pytestmark = pytest.mark.root
 
@@ -41,27 +41,6 @@ def manager(tmp_path: Path) -> Iterator[ServiceManager]:
     made = ServiceManager(tmp_path)
     yield made
     made.close()
-
-
-@pytest.fixture
-def contexts() -> Iterator[tuple[int, int]]:
-    """Two contexts of this process: guard and tracking."""
-    device = userfaultfd.open_device()
-    guard, track = userfaultfd.create(device), userfaultfd.create(device)
-    userfaultfd.api(guard, userfaultfd.GUARD_FEATURES)
-    userfaultfd.api(track, userfaultfd.TRACK_FEATURES)
-    yield guard, track
-    for fd in (device, guard, track):
-        os.close(fd)
-
-
-@pytest.fixture
-def extent() -> Iterator[memfd.ExtentMap]:
-    extent = memfd.create_extent("ksmd-test-standing", PAGES)
-    libc.view(extent.address, extent.length)[:] = b"k" * extent.length
-    memfd.lock(extent)
-    yield extent
-    memfd.release(extent)
 
 
 def take(manager: ServiceManager) -> Pager:
@@ -176,7 +155,7 @@ def test_when_both_are_killed_the_next_pager_gets_back_all_that_the_two_held(
     for fd in heir.contexts(5):
         assert not userfaultfd.is_dead(fd)
         os.close(fd)
-    mapping = Path(f"/proc/{heir.pid}/smaps").read_text().partition("ksmd-test-standing")[2]
+    mapping = Path(f"/proc/{heir.pid}/smaps").read_text().partition("ksmd-test-held")[2]
     assert int(mapping.partition("Rss:")[2].split()[0]) == 4 * PAGES
     assert "lo" in mapping.partition("VmFlags:")[2].splitlines()[0].split()
     heir.close(force=True)

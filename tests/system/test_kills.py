@@ -5,6 +5,8 @@ victims notice a wrong byte, register, signal or timeout. KSMD_SOAK_KILLS is the
 KSMD_SOAK_SEED chooses moments and victims; figures are printed (pytest -s, or -rP).
 """
 
+# ruff: noqa: F401, F811  (fixtures are imported by their names)
+
 from __future__ import annotations
 
 import contextlib
@@ -20,7 +22,7 @@ from pathlib import Path
 import pytest
 from endurers import MODES, Endurer
 from harness import CROWDED, PATIENCE, Held, settings_for, store_mappings, target, until
-from test_restart import CALM, Lives
+from test_restart import CALM, Lives, lives
 from victims.manager import ServiceManager
 
 from ksmd.client import Client
@@ -160,13 +162,6 @@ def endurers() -> Iterator[list[Endurer]]:
     finally:
         for endurer in started:
             endurer.close()
-
-
-@pytest.fixture
-def lives(tmp_path: Path) -> Iterator[Lives]:
-    lives = Lives(tmp_path)
-    yield lives
-    lives.close()
 
 
 @pytest.fixture
