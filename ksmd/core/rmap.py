@@ -91,8 +91,7 @@ class Blocks:
         return np.concatenate((reused, np.arange(first, self._used, dtype=np.uint32)))
 
     def give(self, blocks: U32) -> None:
-        """Take back blocks that hold no page any more."""
-        self.wake(blocks)
+        """Take back blocks that hold no page any more, and do not rest."""
         self._free = np.concatenate((self._free, blocks))
 
     def wake(self, blocks: U32) -> None:

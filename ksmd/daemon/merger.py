@@ -90,7 +90,6 @@ class Merger:
         self._pager = pager
         self._next_extent = 1
         self._ahead: Making | None = None
-        self._to_forget: list[tuple[Domain, int, NDArray[np.uint64]]] = []
 
     @property
     def _settings(self) -> Settings:
@@ -172,18 +171,6 @@ class Merger:
             yield from self._drop_zeros(domain, plan, asked, result)
         finally:
             self._targets.plans_under_way -= 1
-            self.forget_merged()
-
-    def forget_merged(self) -> None:
-        """Take what was merged out of the tables: at once, for each time costs all of a table."""
-        parts: dict[tuple[str, int], list[NDArray[np.uint64]]] = {}
-        domains: dict[str, Domain] = {}
-        for domain, slot, pages in self._to_forget:
-            domains[domain.name] = domain
-            parts.setdefault((domain.name, slot), []).append(pages)
-        self._to_forget.clear()
-        for (name, slot), found in parts.items():
-            domains[name].tables.forget_pages(slot, np.concatenate(found))
 
     def _look_again(self, domain: Domain, plan: Plan, result: MergeResult) -> Iterator[MergeResult]:
         """Read the maps of who takes part anew: now that the content of the pages is known.
@@ -380,7 +367,7 @@ class Merger:
         # what a window left whose tracer died is settled by the next one that finds no stub at work
         if done.refused is None or not (done.lost or left_over):
             self._pager.settle_all(target.slot)
-        if done.lost:  # a stub that is at work may have guarded what is read next, see _equal_again
+        if done.lost:  # a stub that is at work may have guarded what is read next
             target.memory.may_pin = False
         now = time.monotonic()
         target.last_window = now
@@ -428,7 +415,7 @@ class Merger:
             if counts[Op.ZERO]:
                 target.emptied.append(pages_of(carried[carried["op"] == Op.ZERO]))
             pages = pages_of(carried)
-            self._to_forget.append((domain, target.slot, pages))
+            domain.tables.forget_pages(target.slot, pages)
             self._targets.tell("merged", target, len(pages))
 
     # -- leaving ------------------------------------------------------------------------------

@@ -48,7 +48,6 @@ class Remerger:
                 done = self._merger.open(target, first, extent)
                 result.windows += 1
                 self._merger.account(domain, target, done, result)
-                self._merger.forget_merged()
                 yield result
 
     def _may_stop(self, target: Target, asked: bool) -> bool:

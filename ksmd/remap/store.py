@@ -127,12 +127,11 @@ class Store:
         """Extents by the inode that maps shows."""
         return {extent.map.inode: extent for extent in self.extents.values()}
 
-    def create(self, plan: ExtentPlan, copy: Copy) -> Extent:
-        """Make, fill, lock and pin the extent of *plan*. KsmdError leaves nothing behind."""
-        return Making(self.making(plan, copy)).finish()
-
     def making(self, plan: ExtentPlan, copy: Copy) -> Generator[None, None, Extent]:
-        """Do the same in steps of some 2 MiB. Closed before its end, it leaves nothing behind."""
+        """Make, fill, lock and pin the extent of *plan*, in steps of some 2 MiB.
+
+        A KsmdError, or closing it before its end, leaves nothing behind.
+        """
         available = risks.mem_available()
         if plan.npages * PAGE_SIZE + MEMORY_RESERVE > available:
             raise KsmdError(
