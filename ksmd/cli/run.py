@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ksmd.daemon import journal
 from ksmd.daemon.notify import Manager, collect_signals
+from ksmd.kernel import cpu
 
 HELP = "run the daemon in the foreground, logs on stderr"
 
@@ -33,6 +34,7 @@ def run(args: argparse.Namespace) -> int:
     early = collect_signals()
     journal.configure(verbose=args.verbose, stream=sys.stderr, environ=os.environ)
     manager = Manager.take(os.environ)
+    cpu.avoid_slow_sorts(os.environ)  # before numpy comes
     # `ksmd --version` and `ksmd demo` need none of it
     from ksmd.daemon import main  # noqa: PLC0415
 

@@ -20,8 +20,6 @@ import hmac
 import numpy as np
 from numpy.typing import NDArray
 
-from ksmd.model.units import PAGE_SIZE
-
 #: Bytes of each page that the digest covers (PAGECMP_OFFSET of the 2008 patch).
 HEAD_SIZE = 128
 
@@ -36,11 +34,16 @@ _SPREAD = 0x9E37_79B9_7F4A_7C15
 _MASK64 = (1 << 64) - 1
 
 
-def sampled(npages: int) -> list[int]:
-    """Return which pages of a run of *npages* its digest covers: the ends, and some between."""
-    if npages <= HEADS_AT_MOST:
-        return list(range(npages))
-    return [n * (npages - 1) // (HEADS_AT_MOST - 1) for n in range(HEADS_AT_MOST)]
+def sampled(npages: NDArray[np.int64]) -> tuple[NDArray[np.intp], NDArray[np.int64]]:
+    """Return which pages of runs of *npages* their digests cover: the ends, and some between.
+
+    That is, for each head in order: the number of its run, and of its page in the run.
+    """
+    heads = np.minimum(npages, HEADS_AT_MOST)
+    run = np.repeat(np.arange(npages.size), heads)
+    number = np.arange(run.size) - np.repeat(np.cumsum(heads) - heads, heads)
+    spread = number * (npages[run] - 1) // (HEADS_AT_MOST - 1)
+    return run, np.where(npages[run] <= HEADS_AT_MOST, number, spread)
 
 
 class HeadDigest:
@@ -49,24 +52,30 @@ class HeadDigest:
     def __init__(self, key: bytes) -> None:
         if not key:
             raise ValueError("an empty key would let anyone compute digests")
-        self._keyed = hmac.new(key, digestmod="sha1")
+        self._key = key
 
-    def of_pages(self, run: memoryview | bytes) -> bytes:
-        """Return the digest of the pages of ``run``; ValueError when they are not whole pages."""
-        octets = np.frombuffer(run, np.uint8)
-        if octets.size % PAGE_SIZE:
-            raise ValueError(f"{octets.size} bytes are not a whole number of pages")
-        pages = octets.reshape(-1, PAGE_SIZE)
-        return self.of_heads(pages[sampled(len(pages)), :HEAD_SIZE].tobytes())
+    def of_runs(
+        self, pages: NDArray[np.uint8], first: NDArray[np.int64], npages: NDArray[np.int64]
+    ) -> list[bytes]:
+        """Return the digests of runs of ``pages`` (uint8, a row for each).
+
+        ``first`` and ``npages`` of each run; IndexError where one reaches beyond the pages.
+        """
+        run, page = sampled(npages)
+        heads = memoryview(pages[first[run] + page, :HEAD_SIZE].tobytes())
+        return self.of_all_heads(heads, npages)
+
+    def of_all_heads(self, heads: memoryview, npages: NDArray[np.int64]) -> list[bytes]:
+        """Return the digests of runs of ``npages``: *heads* are those of their sampled pages."""
+        ends = (np.cumsum(np.minimum(npages, HEADS_AT_MOST)) * HEAD_SIZE).tolist()
+        return [self.of_heads(heads[at:end]) for at, end in zip([0, *ends], ends, strict=False)]
 
     def of_heads(self, heads: memoryview | bytes) -> bytes:
         """Return the digest of a run of whose :func:`sampled` pages the heads were read."""
         size = memoryview(heads).nbytes
         if size == 0 or size % HEAD_SIZE:
             raise ValueError(f"{size} bytes are not a whole number of page heads")
-        keyed = self._keyed.copy()
-        keyed.update(bytes(heads))
-        return keyed.digest()
+        return hmac.digest(self._key, heads, "sha1")
 
 
 class Sha1Cache:
@@ -92,12 +101,19 @@ class Sha1Cache:
         """Bytes of the columns."""
         return self._pages.nbytes + self._npages.nbytes + self._digests.nbytes
 
-    def get(self, store_page: int, npages: int) -> bytes | None:
-        """Return the digest of the ``npages`` pages from ``store_page`` on, None when unknown."""
-        at = self._place(store_page)
-        if npages <= 0 or self._npages[at] != npages or self._pages[at] != store_page:
-            return None
-        return bytes(self._digests[at])
+    def find(
+        self, store_pages: NDArray[np.uint64], npages: NDArray[np.int64]
+    ) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+        """Look up the runs of ``npages`` from ``store_pages`` on.
+
+        Returns their digests (uint8, 20 of each) and which of them are known; the others' bytes
+        mean nothing.
+        """
+        with np.errstate(over="ignore"):
+            places = (store_pages * np.uint64(_SPREAD)) >> np.uint64(32)
+        at = (places % np.uint64(self._pages.size)).astype(np.intp)
+        known = (self._npages[at] == npages) & (self._pages[at] == store_pages) & (npages > 0)
+        return self._digests[at], known
 
     def put(self, store_page: int, npages: int, digest: bytes) -> None:
         """Remember a digest, in place of whatever shared its entry."""

@@ -10,14 +10,14 @@ merges them), and every word that then occurs twice goes away with its twin. So 
 searches that miss the cache.
 
 Only the small buffer is sorted from scratch. numpy's AVX-512 sort of 64-bit words is four to five
-times slower than its AVX2 sort on some CPUs (Zen 4): a program that imports this there should set
-NPY_DISABLE_CPU_FEATURES="X86_V4 AVX512_ICL" (numpy before 2.4: "AVX512_SKX AVX512_ICL") before it
-imports numpy; tests/bench/bench_tables.py shows which way a machine goes.
+times slower than its AVX2 sort on some CPUs (Zen 4), so the daemon has numpy do without it there
+(kernel/cpu.py); tests/bench/bench_tables.py shows which way a machine goes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +37,14 @@ def words_of(checksums: NDArray[np.uint32], rows: NDArray[np.uint32]) -> NDArray
     words <<= np.uint64(32)
     words |= rows.astype(np.uint64)
     return words
+
+
+def distinct(numbers: NDArray[Any]) -> NDArray[Any]:
+    """Return whole numbers in order, each once. np.unique hashes them, which takes far longer."""
+    ordered = np.sort(numbers)
+    fresh = np.ones(ordered.size, np.bool_)
+    np.not_equal(ordered[1:], ordered[:-1], out=fresh[1:])
+    return ordered[fresh]
 
 
 class PageHash:
@@ -92,7 +100,7 @@ class PageHash:
         if words.size > 1:
             np.equal(checksums[1:], checksums[:-1], out=chosen[1:])
             chosen[:-1] |= chosen[1:]  # numpy buffers overlapping operands: no rippling
-        asked = np.unique(wanted)
+        asked = distinct(wanted)
         at = np.searchsorted(words, asked.astype(np.uint64) << 32)
         inside = at < words.size
         at, asked = at[inside], asked[inside]

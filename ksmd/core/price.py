@@ -1,8 +1,10 @@
 """How long a stop window will take: learned from those before it, so that none takes too long.
 
-A window takes a fixed time, so much for each run and so much for each page. In what proportion was
-measured once; how much of it all differs between machines and targets (mappings, huge pages, noisy
-neighbours) and follows from what the last windows took.
+A window takes a time of its own, whatever it does (stopping, infecting, curing), and so much for
+each run and each page. In what proportion runs and pages count was measured once; how much of it
+all differs between machines and targets (mappings, huge pages, noisy neighbours) and follows from
+what the last windows took. The two are learned apart: if a window's own time were taken for the
+price of its records, windows would grow shorter, and their own time weigh the more.
 """
 
 from __future__ import annotations
@@ -14,17 +16,18 @@ from ksmd.model.units import PAGE_SHIFT
 from ksmd.model.window import Op
 
 #: Microseconds of a window that does nothing, of a run, and of a page; by operation.
-_EMPTY = 400.0
+_EMPTY = 500.0
 _RUN = {Op.MERGE: 13.0, Op.ZERO: 6.0, Op.UNMERGE: 10.0, Op.REMERGE: 13.0}
 _PAGE = {Op.MERGE: 1.2, Op.ZERO: 0.8, Op.UNMERGE: 2.0, Op.REMERGE: 1.2}
 #: The part of the budget that is planned for: single windows take longer than their kind.
-_AIM = 0.6
-#: A slow window counts at once, a fast one little: too short costs time, too long breaks a promise.
-_UP, _DOWN = 0.5, 0.1
-#: Windows are never cut to less than a third of their usual size: what a stop takes whatever it
-#: does (a target with tens of thousands of mappings) would else be taken for the price of its
-#: records, and windows would shrink until nothing came of them.
+_AIM = 0.7
+#: A slow window counts for more than a fast one: too short costs time, too long breaks a promise.
+#: But not for much more, since one is slow for reasons that the next one does not have.
+_UP, _DOWN = 0.3, 0.15
+#: What is learned stays within these, and a third of the budget is always the records': a target
+#: whose stops take long whatever they do would else be stopped without end.
 _LEAST, _MOST = 0.2, 3.0
+_OWN_AT_MOST = 2 / 3
 #: Shorter windows say more about the machine's noise than about their records.
 _TELLING = 200.0
 
@@ -35,6 +38,7 @@ class WindowPrice:
     def __init__(self, op: Op) -> None:
         self._run, self._page = _RUN[op], _PAGE[op]
         self._scale = 1.0
+        self._own = _EMPTY
 
     def of(self, records: NDArray[np.void]) -> NDArray[np.float64]:
         """Return what each record (dtype RECORD) takes, in parts that :meth:`room` is made of."""
@@ -43,15 +47,20 @@ class WindowPrice:
 
     def room(self, stop_ms: float) -> float:
         """Give how much a window may hold so as to end within *stop_ms*. It may always hold one."""
-        return max(0.0, stop_ms * 1000 * _AIM - _EMPTY) / self._scale
+        planned = stop_ms * 1000 * _AIM
+        return (planned - min(self._own, planned * _OWN_AT_MOST)) / self._scale
 
-    def learn(self, records: NDArray[np.void], micros: float) -> None:
-        """Take in that a window with *records* has taken *micros*."""
+    def learn(self, records: NDArray[np.void], micros: float, at_work: float) -> None:
+        """Take in a window with *records*: it took *micros* in all, *at_work* on the records."""
+        self._own = _nearer(self._own, max(0.0, micros - at_work))
         expected = float(self.of(records).sum())
-        if expected < _TELLING:
-            return
-        found = min(_MOST, max(_LEAST, (micros - _EMPTY) / expected))
-        self._scale += (found - self._scale) * (_UP if found > self._scale else _DOWN)
+        if expected >= _TELLING:
+            found = min(_MOST, max(_LEAST, at_work / expected))
+            self._scale = _nearer(self._scale, found)
+
+
+def _nearer(known: float, found: float) -> float:
+    return known + (found - known) * (_UP if found > known else _DOWN)
 
 
 def all_prices() -> dict[Op, WindowPrice]:

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from ksmd.core.pagehash import PageHash, words_of
+from ksmd.core.pagehash import PageHash, distinct, words_of
 from ksmd.core.rmap import (
     BLOCK_PAGES,
     BLOCK_SHIFT,
@@ -342,7 +342,7 @@ def _first(mask: Bools, n: int) -> Bools:
 
 def _ascending(pages: U64) -> U64:
     """Return *pages* in order, each once; most come so already."""
-    return np.unique(pages) if np.any(pages[1:] <= pages[:-1]) else pages
+    return distinct(pages) if np.any(pages[1:] <= pages[:-1]) else pages
 
 
 def _check(first_page: int, end_page: int, pages: U64, checksums: U32) -> None:

@@ -33,8 +33,10 @@ def columns(records: Sequence[Record]) -> Records:
 def merge_records(runs: NDArray[np.void], areas: Sequence[Area], max_pages: int) -> Records:
     """Return what maps *runs* (dtype RUN, of one target and one extent) to the store.
 
-    In the order of the runs, cut where VMAs end; what lies in none of *areas* is left out.
+    By address, cut where VMAs end; what lies in none of *areas* is left out. In that order each
+    window finds its records in the mapping that those before have not cut up yet.
     """
+    runs = runs[np.argsort(runs["page"])]
     records = _whole(Op.MERGE, runs)
     records["offset"] = runs["index"].astype(np.uint64) << _SHIFT
     return _short(_inside(records, areas), max_pages)

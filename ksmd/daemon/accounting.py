@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ksmd.core.ledger import Ledger, Sharing, count_sharing
+from ksmd.core.pagehash import distinct
 from ksmd.core.spans import NEAR_PAGES, Spans
 from ksmd.daemon.state import Mapping, Target
 from ksmd.daemon.targets import Targets
@@ -75,7 +76,7 @@ class Accounting:
     def _zero_pages(self, target: Target) -> int:
         """Pages that we made zero and that nothing was written to since."""
         if target.emptied:
-            target.zeros = np.unique(np.concatenate((target.zeros, *target.emptied)))
+            target.zeros = distinct(np.concatenate((target.zeros, *target.emptied)))
             target.emptied.clear()
         if not len(target.zeros):
             return 0

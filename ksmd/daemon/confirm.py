@@ -11,11 +11,11 @@ from collections import Counter
 import numpy as np
 from numpy.typing import NDArray
 
-from ksmd.core.digest import HEAD_SIZE, sampled
+from ksmd.core.digest import DIGEST_SIZE, HEAD_SIZE, sampled
 from ksmd.core.windows import Records, pages_of
 from ksmd.daemon.state import Domain, Target
 from ksmd.model.refusal import Reason
-from ksmd.model.units import PAGE_SHIFT
+from ksmd.model.units import PAGE_SHIFT, PAGE_SIZE
 from ksmd.model.vma import Area
 from ksmd.remap.store import Extent
 
@@ -37,22 +37,8 @@ def confirmed(
     own = _own(target, records)
     refused[Reason.FORK_SHARED] += int(counts[~own].sum())
     records, counts, first = records[own], counts[own], first[own]
-    samples = [sampled(count) for count in counts.tolist()]
-    starts = records["start"].tolist()
-    pieces = [
-        (start + (page << PAGE_SHIFT), HEAD_SIZE)
-        for start, sample in zip(starts, samples, strict=True)
-        for page in sample
-    ]
-    heads = memoryview(bytearray(len(pieces) * HEAD_SIZE))
-    target.memory.gather_exclusive(pieces, heads)  # what is missing stays zero, and differs
-    same = np.zeros(len(records), np.bool_)
-    at = 0
-    for number, (index, sample) in enumerate(zip(first.tolist(), samples, strict=True)):
-        until = at + len(sample) * HEAD_SIZE
-        digest = _digest(domain, extent, index, int(counts[number]))
-        same[number] = domain.digest.of_heads(heads[at:until]) == digest
-        at = until
+    found = _digests(domain, target, records["start"], counts)
+    same: NDArray[np.bool_] = (found == _expected(domain, extent, first, counts)).all(axis=1)
     refused[Reason.DIGEST] += int(counts[~same].sum())
     domain.tables.wake(target.slot, pages_of(records[~same]))
     return records[same]
@@ -99,11 +85,30 @@ def _places(extent: Extent, records: Records) -> tuple[NDArray[np.int64], NDArra
     return first, first + (records["length"] >> np.uint64(PAGE_SHIFT)).astype(np.int64)
 
 
-def _digest(domain: Domain, extent: Extent, first: int, npages: int) -> bytes:
-    """Give the digest of a run of store pages, from the cache or anew."""
-    page = extent.number << 32 | first
-    digest = domain.sha1_cache.get(page, npages)
-    if digest is None:
-        digest = domain.digest.of_pages(extent.view(first, npages))
-        domain.sha1_cache.put(page, npages, digest)
-    return digest
+def _digests(
+    domain: Domain, target: Target, starts: NDArray[np.uint64], counts: NDArray[np.int64]
+) -> NDArray[np.uint8]:
+    """Give the digests of runs of a target, 20 bytes each, from the heads of their pages."""
+    run, page = sampled(counts)
+    addresses = starts[run] + (page.astype(np.uint64) << np.uint64(PAGE_SHIFT))
+    heads = memoryview(bytearray(len(run) * HEAD_SIZE))
+    # what is missing stays zero, and differs
+    target.memory.gather_exclusive([(at, HEAD_SIZE) for at in addresses.tolist()], heads)
+    found = domain.digest.of_all_heads(heads, counts)
+    return np.frombuffer(b"".join(found), np.uint8).reshape(-1, DIGEST_SIZE)
+
+
+def _expected(
+    domain: Domain, extent: Extent, first: NDArray[np.int64], counts: NDArray[np.int64]
+) -> NDArray[np.uint8]:
+    """Give the digests of the runs of store pages that they are to equal, cached or anew."""
+    cache = domain.sha1_cache
+    pages = np.uint64(extent.number << 32) | first.astype(np.uint64)
+    digests, known = cache.find(pages, counts)
+    missing = np.flatnonzero(~known)
+    store = np.frombuffer(extent.view(0, extent.npages), np.uint8).reshape(-1, PAGE_SIZE)
+    found = domain.digest.of_runs(store, first[missing], counts[missing])
+    for at, digest in zip(missing.tolist(), found, strict=True):
+        cache.put(int(pages[at]), int(counts[at]), digest)
+        digests[at] = np.frombuffer(digest, np.uint8)
+    return digests

@@ -20,10 +20,8 @@ from numpy.typing import NDArray
 from ksmd.core.focus import focus
 from ksmd.core.planner import make_plan
 from ksmd.core.scope import Scope, within
-from ksmd.core.spans import Spans
 from ksmd.core.windows import (
     Records,
-    cut_huge_blocks,
     merge_records,
     pages_of,
     spans,
@@ -31,16 +29,17 @@ from ksmd.core.windows import (
     zero_records,
 )
 from ksmd.daemon.confirm import User, confirmed, without_lonely
+from ksmd.daemon.hugepages import huge_blocks, split_cut
 from ksmd.daemon.journal import fields
 from ksmd.daemon.prepare import prepare
 from ksmd.daemon.state import PASSING, Domain, Target
 from ksmd.daemon.targets import Targets
 from ksmd.guard.client import Pager
-from ksmd.kernel import risks, thp
+from ksmd.kernel import risks
 from ksmd.model.errors import KsmdError, TargetGoneError
 from ksmd.model.plan import ExtentPlan, Plan
 from ksmd.model.refusal import Reason
-from ksmd.model.units import HUGE_PAGE_PAGES, HUGE_PAGE_SIZE, PAGE_SHIFT
+from ksmd.model.units import PAGE_SHIFT
 from ksmd.model.vma import Area
 from ksmd.model.window import Op, WindowRequest, WindowResult
 from ksmd.remap.engine import Engine, RefusedTargetError
@@ -274,15 +273,27 @@ class Merger:
         if not len(records):
             return
         price = target.prices[Op(int(records["op"][0]))]
-        for batch in windows_of(records, window.max_runs, window.max_pages, price, window.stop_ms):
-            if target.slot not in self._targets.by_slot or not self.may_stop(target, asked):
-                return
-            if target.areas is not areas:
-                return  # read anew meanwhile: a range may have been taken back by its program
-            if extent is not None and extent.number not in domain.store.extents:
-                return
-            self._window(domain, target, extent, batch, asked, result)
-            yield result
+        carried: list[Records] = []
+        try:
+            huge = huge_blocks(target, records) if target.huge else frozenset()
+            for batch in windows_of(
+                records, window.max_runs, window.max_pages, price, window.stop_ms
+            ):
+                if target.slot not in self._targets.by_slot or not self.may_stop(target, asked):
+                    return
+                if target.areas is not areas:
+                    return  # read anew meanwhile: a range may have been taken back by its program
+                if extent is not None and extent.number not in domain.store.extents:
+                    return
+                split_cut(target, batch, huge)
+                done = self._window(target, extent, batch, asked, result)
+                if done is not None:
+                    carried.append(self.account(domain, target, done, result))
+                yield result
+        except TargetGoneError:
+            self._targets.drop(target)
+        finally:
+            self.forget(domain, target, carried)
 
     def _fill(self, domain: Domain, planned: ExtentPlan, result: MergeResult) -> bool:
         """Finish the next of the plan's new extents."""
@@ -296,36 +307,35 @@ class Merger:
         result.new += planned.npages
         return True
 
-    def _copy(self, slot: int, page: int, view: memoryview) -> int:
+    def _copy(self, slot: int, pieces: list[tuple[int, int]], view: memoryview) -> None:
         target = self._targets.by_slot.get(slot)
         if target is None:
-            return 0
+            return
         try:
-            pages = np.arange(page, page + (len(view) >> PAGE_SHIFT), dtype=np.uint64)
-            own = target.pagemap.exclusive_of(pages).all()  # fork may have shared them since
-            read = target.memory.read_exclusive_into if own else target.memory.read_into
-            return read(page << PAGE_SHIFT, view)
+            pages = np.concatenate([np.arange(p, p + n, dtype=np.uint64) for p, n in pieces])
+            spans = [(page << PAGE_SHIFT, npages << PAGE_SHIFT) for page, npages in pieces]
+            if target.pagemap.exclusive_of(pages).all():
+                target.memory.gather_exclusive(spans, view)
+                return
+            at = 0
+            for address, length in spans:  # fork may have shared some since
+                target.memory.read_into(address, view[at : at + length])
+                at += length
         except TargetGoneError:  # nobody is dropped in the middle of somebody's window
-            return 0
+            return
 
     def _window(
         self,
-        domain: Domain,
         target: Target,
         extent: Extent | None,
         records: Records,
         asked: Asked,
         result: MergeResult,
-    ) -> None:
-        """Open one stop window for a batch of records."""
-        try:
-            if not self._ready(target, asked):
-                result.postponed += target.refused in _MOMENTARY
-                return
-            _split_huge_pages(target, records)
-        except TargetGoneError:
-            self._targets.drop(target)
-            return
+    ) -> WindowResult | None:
+        """Open one stop window for a batch; None where it could not be opened. TargetGoneError."""
+        if not self._ready(target, asked):
+            result.postponed += target.refused in _MOMENTARY
+            return None
         done = self.open(target, records, extent)
         for _ in range(_RETRIES if _is_asked(target, asked) else 0):
             if done.refused not in _MOMENTARY:
@@ -333,7 +343,7 @@ class Merger:
             done = self.open(target, records, extent)
         result.windows += 1
         result.postponed += done.refused in _MOMENTARY
-        self.account(domain, target, done, result)
+        return done
 
     def _ready(self, target: Target, asked: Asked) -> bool:
         """Make the target's contexts where it has none yet."""
@@ -389,34 +399,44 @@ class Merger:
         else:
             target.accepted()
             target.stops.add(done.total_us / 1000)
-            target.prices[Op(int(records["op"][0]))].learn(records, done.total_us)
+            at_work = done.timings.get("stub", 0.0)
+            target.prices[Op(int(records["op"][0]))].learn(records, done.total_us, at_work)
         return done
 
     def account(
         self, domain: Domain, target: Target, done: WindowResult, result: MergeResult
-    ) -> None:
-        """Enter what a window has done into *result*, the tables and the target."""
-        if done.refused is not None and done.refused in PASSING:
-            return
-        if done.done is None:
-            return
+    ) -> Records:
+        """Enter what a window has done into *result* and the target; what is to be forgotten."""
+        none = done.records[:0]
+        if done.done is None or (done.refused is not None and done.refused in PASSING):
+            return none
         for index, reason in done.reasons.items():
             result.refused[reason] += int(done.records["length"][index]) >> PAGE_SHIFT
-        domain.tables.wake(target.slot, pages_of(done.records[~done.done]))
+        if done.reasons:
+            domain.tables.wake(target.slot, pages_of(done.records[~done.done]))
         carried = done.records[done.done]
         if not len(carried):
-            return
-        counts = {op: int(carried["length"][carried["op"] == op].sum()) >> PAGE_SHIFT for op in Op}
-        result.per_slot[target.slot] += sum(counts.values())
-        result.merged += counts[Op.MERGE]
-        result.zeroed += counts[Op.ZERO]
-        result.remerged += counts[Op.REMERGE]
-        if target.slot in self._targets.by_slot:
-            if counts[Op.ZERO]:
-                target.emptied.append(pages_of(carried[carried["op"] == Op.ZERO]))
-            pages = pages_of(carried)
-            domain.tables.forget_pages(target.slot, pages)
-            self._targets.tell("merged", target, len(pages))
+            return none
+        op = Op(int(carried["op"][0]))  # a window has records of one kind
+        npages = int(carried["length"].sum()) >> PAGE_SHIFT
+        result.per_slot[target.slot] += npages
+        result.merged += npages if op is Op.MERGE else 0
+        result.zeroed += npages if op is Op.ZERO else 0
+        result.remerged += npages if op is Op.REMERGE else 0
+        if target.slot not in self._targets.by_slot:
+            return none
+        if op is Op.ZERO:
+            target.emptied.append(pages_of(carried))
+        self._targets.tell("merged", target, npages)
+        return carried
+
+    def forget(self, domain: Domain, target: Target, carried: list[Records]) -> None:
+        """Take what windows have merged out of the tables: at once, which spares most of the work.
+
+        A scan that comes before finds these pages gone by itself.
+        """
+        if carried and target.slot in self._targets.by_slot:
+            domain.tables.forget_pages(target.slot, pages_of(np.concatenate(carried)))
 
     # -- leaving ------------------------------------------------------------------------------
 
@@ -462,18 +482,3 @@ def announce(pager: Pager, slot: int, records: Records) -> None:
 
 def _is_asked(target: Target, asked: Asked) -> bool:
     return asked if isinstance(asked, bool) else target.slot in asked
-
-
-def _split_huge_pages(target: Target, records: Records) -> None:
-    """Split, before the stop, the huge pages of which only a part is merged."""
-    blocks = cut_huge_blocks(records)
-    edges = Spans(
-        (block >> PAGE_SHIFT, (block >> PAGE_SHIFT) + HUGE_PAGE_PAGES) for block in blocks
-    )
-    huge: set[int] = set()
-    for start, end in edges.groups():
-        present = target.pagemap.present(start << PAGE_SHIFT, end << PAGE_SHIFT, 0)
-        huge.update((present.pages[present.huge] // HUGE_PAGE_PAGES * HUGE_PAGE_SIZE).tolist())
-    huge.intersection_update(blocks)
-    if huge:
-        thp.split_in(target.pid, sorted(huge))

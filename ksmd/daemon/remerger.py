@@ -47,7 +47,8 @@ class Remerger:
                 )
                 done = self._merger.open(target, first, extent)
                 result.windows += 1
-                self._merger.account(domain, target, done, result)
+                carried = self._merger.account(domain, target, done, result)
+                self._merger.forget(domain, target, [carried])
                 yield result
 
     def _may_stop(self, target: Target, asked: bool) -> bool:

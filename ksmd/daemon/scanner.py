@@ -138,6 +138,7 @@ class Scanner:
             present = target.pagemap.present(
                 at << PAGE_SHIFT, end << PAGE_SHIFT, min(budget, _STEP_PAGES)
             )
+            target.huge |= bool(present.huge.any())
             found = present.pages[areas.find(present.pages)[1]]
             pages = found[target.pagemap.exclusive_of(found)]
             result.refused[Reason.FORK_SHARED] += len(found) - len(pages)

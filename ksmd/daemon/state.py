@@ -91,6 +91,7 @@ class Target:
     vmas: int = 0
     known_maps: int = 0  # procfs.maps_hash when the areas were read last
     reread_at: float = 0.0  # when they are to be read anew even so
+    huge: bool = False  # it had huge pages, when that was looked at last
     handles_faults: bool = False  # by a userfaultfd of its own, when its maps were read last
     mappings: list[Mapping] = field(default_factory=list)
     sites: NDArray[np.void] = field(default_factory=lambda: np.empty(0, SITES))

@@ -216,6 +216,19 @@ class PageMap:
         pages, categories = _expand(found)
         return Present(pages, (categories & np.uint64(PAGE_IS_HUGE)) != 0, walk_end)
 
+    def huge(self, start: int, end: int) -> list[int]:
+        """Give the addresses of the anonymous huge pages in [start, end), ascending."""
+        if not has_scan():
+            found = self._present_by_entries(start, end, (end - start) >> PAGE_SHIFT)
+            pages = found.pages[found.huge]
+        else:
+            others = PAGE_IS_FILE | PAGE_IS_PFNZERO
+            mask = PAGE_IS_PRESENT | PAGE_IS_HUGE | others
+            regions, _ = self._scan(start, end, 0, mask=mask, inverted=others, returned=0)
+            pages, _ = _expand(regions)
+        first: list[int] = pages[pages % HUGE_PAGE_PAGES == 0].tolist()
+        return [page << PAGE_SHIFT for page in first]
+
     def still_shared(self, start: int, end: int) -> tuple[Pages, Pages]:
         """Give (shared, broken) page numbers of [start, end), which is one of our merged mappings.
 

@@ -9,7 +9,7 @@ effect). Its memory comes back when nobody uses any page of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -26,8 +26,9 @@ from ksmd.model.units import HUGE_PAGE_PAGES, PAGE_SHIFT, PAGE_SIZE
 #: What must stay free besides the extent itself, in bytes.
 MEMORY_RESERVE = 64 << 20
 
-#: copy(slot, page, view): fill *view* with the target's memory from *page* on; bytes read.
-Copy = Callable[[int, int, memoryview], int]
+#: copy(slot, pieces, view): fill *view* with pieces (first page, pages) of a target's memory, one
+#: after the other; what could not be read stays as it is.
+Copy = Callable[[int, list[tuple[int, int]], memoryview], None]
 #: sums(view): the checksum (uint32, under the domain's seed) of every page of *view*.
 Sums = Callable[[memoryview], NDArray[np.uint32]]
 
@@ -169,18 +170,14 @@ class Store:
     ) -> Generator[None, None, NDArray[np.bool_]]:
         """Copy and checksum what *plan* names: which pages hold what it expected."""
         good = np.zeros(made.npages, np.bool_)
-        at = done = 0
-        for source in plan.sources:
-            slot, page, left = (int(source[name]) for name in ("target", "page", "npages"))
-            while left:
-                count = min(left, HUGE_PAGE_PAGES)
-                copy(slot, page, self._view(made, at, at + count))
-                at, page, left = at + count, page + count, left - count
-                if at - done >= HUGE_PAGE_PAGES or at == made.npages:
-                    sums = self.sums(self._view(made, done, at))
-                    good[done:at] = sums == plan.checksums[done:at]
-                    done = at
-                    yield
+        at = 0
+        for slot, pieces in _parts(plan.sources):
+            end = at + sum(npages for _, npages in pieces)
+            view = self._view(made, at, end)
+            copy(slot, pieces, view)
+            good[at:end] = self.sums(view) == plan.checksums[at:end]
+            at = end
+            yield
         return good
 
     @staticmethod
@@ -210,3 +207,19 @@ class Store:
         checksums, pages = np.concatenate(sums), np.concatenate(numbers)
         order = np.argsort(checksums, kind="stable")
         return checksums[order], pages[order]
+
+
+def _parts(sources: NDArray[np.void]) -> Iterator[tuple[int, list[tuple[int, int]]]]:
+    """Cut sources (dtype SOURCE) into parts of one target and some 2 MiB: slot, pieces."""
+    slot, pieces, room = -1, list[tuple[int, int]](), 0
+    for target, page, npages in sources[["target", "page", "npages"]].tolist():
+        while npages:
+            if target != slot or not room:
+                if pieces:
+                    yield slot, pieces
+                slot, pieces, room = target, [], HUGE_PAGE_PAGES
+            count = min(npages, room)
+            pieces.append((page, count))
+            page, npages, room = page + count, npages - count, room - count  # noqa: PLW2901
+    if pieces:
+        yield slot, pieces

@@ -62,6 +62,13 @@ def test_present_gives_anonymous_pages_and_no_others(way: str, mixed: Victim) ->
     assert found.huge.tolist() == [page >= 3 * 512 for page in _mixed_pages()]
 
 
+def test_huge_pages_are_found_by_themselves(way: str, mixed: Victim) -> None:
+    at, last = mixed.ready, mixed.ready + 3 * HUGE_PAGE_SIZE
+    with PageMap(mixed.pid) as pages:
+        assert pages.huge(at, at + NPAGES * PAGE_SIZE) == [last]
+        assert pages.huge(at, last) == []
+
+
 def test_the_pages_that_were_left_out_are_the_zero_page(way: str, mixed: Victim) -> None:
     first = mixed.ready >> PAGE_SHIFT
     with PageMap(mixed.pid) as pages:
@@ -123,6 +130,7 @@ def test_the_huge_zero_page_is_not_offered(way: str) -> None:
     with Victim(script + "reply(at)\n") as victim, PageMap(victim.pid) as pages:
         found = pages.present(victim.ready, victim.ready + HUGE_PAGE_SIZE, 1 << 20)
         assert found.pages.tolist() == []
+        assert pages.huge(victim.ready, victim.ready + HUGE_PAGE_SIZE) == []
 
 
 def test_merged_pages_are_shared_until_they_are_written(way: str) -> None:

@@ -191,7 +191,7 @@ def test_an_extent_that_is_given_up_half_way_leaves_nothing(steps: int) -> None:
 
     store = Store("half", sums, PinRing(), Forgetful())
     mapped = mapped_bytes()
-    making = Making(store.making(plan, lambda _slot, _page, view: view.nbytes))
+    making = Making(store.making(plan, lambda _slot, _pieces, _view: None))
     for _ in range(steps):
         making.step()
     making.give_up()

@@ -29,8 +29,9 @@ def windows(
     """Microseconds of each window of a target in which a record takes that long."""
     took = []
     for batch in windows_of(singles(count), 10**6, 10**6, price, STOP_MS):
-        took.append(empty + us_per_record * len(batch))
-        price.learn(batch, took[-1])
+        at_work = us_per_record * len(batch)
+        took.append(empty + at_work)
+        price.learn(batch, took[-1], at_work)
     return took
 
 
@@ -53,8 +54,8 @@ def test_one_slow_window_is_forgotten() -> None:
     price = WindowPrice(Op.MERGE)
     windows(price, 20_000, 14)
     before = price.room(STOP_MS)
-    price.learn(singles(200), 80_000)
-    assert price.room(STOP_MS) < before / 2
+    price.learn(singles(200), 80_000, 79_000)
+    assert price.room(STOP_MS) < before * 0.7
     windows(price, 20_000, 14)
     assert price.room(STOP_MS) > before * 0.8
 
@@ -65,17 +66,26 @@ def test_what_a_stop_takes_whatever_it_does_shrinks_windows_so_far_and_no_furthe
     assert len(took) <= 20_000 / 50
 
 
-def test_a_window_that_did_next_to_nothing_teaches_nothing() -> None:
+def test_a_window_that_did_next_to_nothing_teaches_nothing_of_its_records() -> None:
     price = WindowPrice(Op.MERGE)
     before = price.room(STOP_MS)
-    price.learn(singles(2), 20_000)
+    price.learn(singles(2), 20_000 + 500, 20_000)
     assert price.room(STOP_MS) == before
+
+
+def test_the_time_that_a_window_takes_by_itself_is_no_price_of_records() -> None:
+    """Else windows get short, their own time weighs the more, and they get shorter yet."""
+    cheap, dear = WindowPrice(Op.MERGE), WindowPrice(Op.MERGE)
+    windows(cheap, 20_000, 14, empty=300)
+    took = windows(dear, 20_000, 14, empty=1500)
+    assert max(took[10:]) <= STOP_MS * 1000
+    assert cheap.room(STOP_MS) - dear.room(STOP_MS) == pytest.approx(1200, rel=0.2)
 
 
 @given(st.floats(0, 1e9), st.floats(0.1, 1000))
 def test_whatever_was_seen_every_record_comes_once(micros: float, stop_ms: float) -> None:
     price = WindowPrice(Op.UNMERGE)
-    price.learn(singles(1000, Op.UNMERGE), micros)
+    price.learn(singles(1000, Op.UNMERGE), micros, micros / 2)
     records = singles(50, Op.UNMERGE)
     batches = list(windows_of(records, 500, 2048, price, stop_ms))
     assert np.array_equal(np.concatenate(batches), records)

@@ -1,0 +1,45 @@
+"""What the processor is bad at, to be known before numpy is imported: it decides then, for good."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import MutableMapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Final
+
+VARIABLE: Final = "NPY_DISABLE_CPU_FEATURES"
+_ZEN_3_AND_4: Final = "25"
+
+
+def avoid_slow_sorts(environ: MutableMapping[str, str], cpuinfo: str | None = None) -> None:
+    """Have numpy sort without AVX-512 on Zen 4, where that takes two to five times as long.
+
+    Its sorts compress registers straight to memory, which that processor does in microcode. A
+    variable that is set already stays. *cpuinfo*: the text of /proc/cpuinfo, read when None.
+    """
+    if VARIABLE in environ:
+        return
+    if cpuinfo is None:
+        cpuinfo = ""
+        with contextlib.suppress(OSError):
+            cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    first = cpuinfo.partition("\n\n")[0]
+    fields = {key.strip(): value.strip() for key, _, value in map(_split, first.splitlines())}
+    if (fields.get("vendor_id"), fields.get("cpu family")) != ("AuthenticAMD", _ZEN_3_AND_4):
+        return
+    if "avx512f" in fields.get("flags", "").split():
+        environ[VARIABLE] = _names()
+
+
+def _split(line: str) -> tuple[str, str, str]:
+    return line.partition(":")
+
+
+def _names() -> str:
+    """Give numpy's names of what is not to be used; 2.4 has named them anew."""
+    try:
+        major, minor = map(int, version("numpy").split(".")[:2])
+    except (PackageNotFoundError, ValueError):
+        major, minor = 2, 4
+    return "X86_V4 AVX512_ICL" if (major, minor) >= (2, 4) else "AVX512_SKX AVX512_ICL"
