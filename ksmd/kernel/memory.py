@@ -47,11 +47,12 @@ class Memory:
 
     Raises TargetGoneError, and PrivilegeError without the right to trace the process. Writing needs
     ``writable=True`` and goes past page protections, as a debugger's does: it breaks sharing.
+    *tid*: a task that is known to live; one is looked for when None.
     """
 
-    def __init__(self, pid: int, *, writable: bool = False) -> None:
+    def __init__(self, pid: int, *, writable: bool = False, tid: int | None = None) -> None:
         self.pid = pid
-        self.tid = procfs.live_tid(pid)
+        self.tid = procfs.live_tid(pid) if tid is None else tid
         #: Whether process_vm_readv may be used at all; its owner says so (risks.may_answer_faults).
         self.may_pin = False
         # a thread's id may be given away while its process lives on, the process's own may not

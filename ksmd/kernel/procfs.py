@@ -346,6 +346,18 @@ def status_fields(pid: int, tid: int | None = None) -> dict[str, str]:
     return parse_fields(read_file(f"/proc/{path}", f"process {pid}"))
 
 
+def status_masks(pid: int, tid: int, *names: str) -> list[int]:
+    """Read signal masks ("SigPnd") and the like from a task's status, without parsing all of it."""
+    data = read_file(f"/proc/{pid}/task/{tid}/status", f"process {pid}")
+    masks = []
+    for name in names:
+        _, found, rest = data.partition(b"\n%s:" % name.encode())
+        if not found:
+            raise ValueError(f"status: it has no {name}")
+        masks.append(int(rest.partition(b"\n")[0], 16))
+    return masks
+
+
 def cpu_seconds(pid: int) -> float:
     """CPU time, user and system, of a process of ours since its start; 0.0 when it is gone."""
     try:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -43,11 +45,22 @@ NT_X86_XSTATE: Final = 0x202
 SYSCALL_STOP: Final = 0x85  # SIGTRAP | 0x80, with PTRACE_O_TRACESYSGOOD
 
 _MASK64 = (1 << 64) - 1
+_WORDS: Final = struct.Struct("=27Q")
 _XSTATE_MAX = 16384
 
 
 class Registers(ptrace_registers_t):  # type: ignore[misc]  # python-ptrace ships no types
     """struct user_regs_struct, with a copy. Fields are unsigned 64-bit."""
+
+    @classmethod
+    def places(cls, names: Sequence[str]) -> tuple[int, ...]:
+        """Give where these fields are in :meth:`words`."""
+        order = [name for name, *_ in cls._fields_ or ptrace_registers_t._fields_]
+        return tuple(order.index(name) for name in names)
+
+    def words(self) -> tuple[int, ...]:
+        """Give all fields, in the kernel's order."""
+        return _WORDS.unpack(self)
 
     def copy(self) -> Registers:
         """Give an independent copy."""

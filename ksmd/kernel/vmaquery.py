@@ -46,7 +46,13 @@ class VmaQuery:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        os.close(self._fd)
+        self.close()
+
+    def close(self) -> None:
+        """Close the file; a second close does nothing."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
 
     def covering(self, address: int) -> Vma | None:
         """Give the VMA that holds *address*, without path and flags; None for a hole."""

@@ -41,6 +41,22 @@ RECORD = np.dtype(
     ]
 )
 
+#: The same as the stub reads and answers it (struct record in remap/stub.c): ``aside`` in bytes
+#: from the start of the quarantine, ``flags`` are advice and more; ``result``, ``stage`` as below.
+STUB_RECORD = np.dtype(
+    [
+        ("start", np.uint64),
+        ("length", np.uint64),
+        ("offset", np.uint64),
+        ("aside", np.uint64),
+        ("op", np.uint32),
+        ("prot", np.uint32),
+        ("flags", np.uint32),
+        ("stage", np.uint32),
+        ("result", np.int64),
+    ]
+)
+
 #: What became of one record: ``result`` and ``stage`` of :class:`ksmd.model.window.Outcome`.
 RESULT = np.dtype([("result", np.int64), ("stage", np.uint32)])
 

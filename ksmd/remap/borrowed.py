@@ -15,6 +15,7 @@ import time
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import add
 from types import TracebackType
 from typing import TYPE_CHECKING, Final
 
@@ -22,12 +23,12 @@ from ksmd.kernel import libc, procfs, ptrace
 from ksmd.kernel.ptrace import Registers
 from ksmd.model.errors import TargetGoneError
 from ksmd.model.refusal import Reason
-from ksmd.model.units import HUGE_PAGE_SIZE
 from ksmd.model.window import Op
 from ksmd.remap import frame, stub
 from ksmd.remap.frame import Anchor, Gadgets
 from ksmd.remap.places import SCRATCH, SCRATCH_STEP, SCRATCH_TRIES
 from ksmd.remap.stop import DeadlineError, RefusedError, Thread, marker_signal, remembered_call
+from ksmd.remap.wire import Batch
 
 if TYPE_CHECKING:
     from ksmd.remap.session import Session
@@ -61,9 +62,9 @@ class Contexts:
 
 @dataclass(slots=True)
 class Outcome:
-    """What the stub said: (result, stage) per record, its own error, and times in microseconds."""
+    """What the stub said: the records as it left them, its own error, times in microseconds."""
 
-    results: list[tuple[int, int]] = field(default_factory=list)
+    records: bytes = b""
     error: int = 0
     kept: int = 0
     threads: int = 0
@@ -192,7 +193,7 @@ class Borrowed:
 
     def run(
         self,
-        records: list[stub.StubRecord],
+        batch: Batch,
         contexts: Contexts,
         trials: Sequence[int],
         mode: int,
@@ -205,16 +206,16 @@ class Borrowed:
         code_length = libc.page_ceil(len(code))
         header_at = code_length + _STUB_STACK
         records_at = header_at + libc.page_ceil(stub.HEADER_SIZE)
-        trials_at = records_at + len(records) * stub.RECORD.size
+        trials_at = records_at + len(batch) * stub.RECORD_SIZE
         length = libc.page_ceil(trials_at + len(trials) * 8)
         base = self._map_scratch(code_length, length)
         header_at, records_at, trials_at = base + header_at, base + records_at, base + trials_at
-        fds = [device] if mode == stub.MODE_SETUP else self._descriptors(records, contexts)
+        fds = [device] if mode == stub.MODE_SETUP else self._descriptors(batch, contexts)
         header = stub.pack_header(
             header_at,
             mode=mode,
             records=records_at,
-            nrecords=len(records),
+            nrecords=len(batch),
             marker=self._marker,
             gadget=self._gadgets.syscall_ret,
             frame=self._anchor.address + frame.F2_OFFSET,
@@ -226,12 +227,11 @@ class Borrowed:
             fail_step=fail[0],
             fail_errno=fail[1],
             fail_record=fail[2],
-            **_layout(records),
+            **_layout(batch),
         )
         memory.write(base, code)
         memory.write(header_at, header)
-        packed = b"".join(record.pack() for record in records)
-        memory.write(records_at, packed + array("Q", trials).tobytes())
+        memory.write(records_at, batch.tobytes() + array("Q", trials).tobytes())
         started = time.perf_counter()
         self._running = True
         self._set(rip=base, rsp=header_at - 64, rdi=header_at, rax=0)
@@ -239,7 +239,7 @@ class Borrowed:
         self._hand_over(header_at, fds)
         taken = self._take(header_at) if mode == stub.MODE_SETUP else []
         self._until(header_at, 3)
-        outcome = self._results(header_at, records_at, len(records))
+        outcome = self._results(header_at, records_at, len(batch))
         outcome.times["stub"] = (time.perf_counter() - started) * 1e6
         self._syscall_stop()  # the stub's own munmap(scratch)
         self._syscall_stop()
@@ -281,15 +281,15 @@ class Borrowed:
             end.connect(end.getsockname())
             end.sendmsg([b"x"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", fds))])
 
-    def _descriptors(self, records: list[stub.StubRecord], contexts: Contexts) -> list[int]:
+    def _descriptors(self, batch: Batch, contexts: Contexts) -> list[int]:
         fds = [contexts.alive]
         if contexts.track >= 0:
             fds += [contexts.track, contexts.guard]
-        if records[0].op >= Op.UNMERGE:
+        if batch.op >= Op.UNMERGE:
             path = procfs.task_path(self._session.pid, "pagemap", self._session.tid)
             self._pagemap = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             fds.append(self._pagemap)
-        if contexts.store >= 0 and records[0].op != Op.UNMERGE:  # must not need more than MERGE
+        if contexts.store >= 0 and batch.op != Op.UNMERGE:  # must not need more than MERGE
             fds.append(contexts.store)
         return fds
 
@@ -303,31 +303,25 @@ class Borrowed:
     def _results(self, header_at: int, records_at: int, count: int) -> Outcome:
         memory = self._session.memory
         fields = stub.unpack_header(memory.read(header_at, stub.HEADER_SIZE))
-        results = stub.unpack_results(memory.read(records_at, count * stub.RECORD.size))
+        records = memory.read(records_at, count * stub.RECORD_SIZE)
         return Outcome(
-            results, fields["error"], fields["keep"], threads=len(self._session.stopped.threads)
+            records, fields["error"], fields["keep"], threads=len(self._session.stopped.threads)
         )
 
 
-def _layout(records: list[stub.StubRecord]) -> dict[str, int]:
-    """Give every record its place in quarantine, and the header the spans that follow from it."""
-    if not records:
+def _layout(batch: Batch) -> dict[str, int]:
+    """Give the header the spans that follow from the records."""
+    if not len(batch):
         return {}
-    at = 0
-    for record in records:
-        if record.length >= HUGE_PAGE_SIZE:  # congruent, so that huge pages move whole
-            at += (record.start - at) % HUGE_PAGE_SIZE
-        record.aside = at
-        at += record.length
-    start = min(record.start for record in records)
-    stored = [record for record in records if record.op in (Op.MERGE, Op.REMERGE)]
-    offset = min((record.offset for record in stored), default=0)
-    end = max((record.offset + record.length for record in stored), default=0)
+    start, offset, store_len = batch.starts[0], 0, 0
+    if batch.op in (Op.MERGE, Op.REMERGE):
+        offset = min(batch.offsets)
+        store_len = max(map(add, batch.offsets, batch.lengths)) - offset
     return {
-        "aside_len": at,
-        "fresh_len": at,
+        "aside_len": batch.quarantine,
+        "fresh_len": batch.quarantine,
         "store_offset": offset,
-        "store_len": end - offset,
+        "store_len": store_len,
         "wake_start": start,
-        "wake_len": max(record.start + record.length for record in records) - start,
+        "wake_len": max(batch.ends) - start,
     }

@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ksmd.kernel import channel, userfaultfd
 from ksmd.model.errors import KernelFeatureError
 from ksmd.model.process import TargetId
 from ksmd.model.refusal import Reason
-from ksmd.model.tables import RESULT
+from ksmd.model.tables import RESULT, STUB_RECORD
+from ksmd.model.units import HUGE_PAGE_SIZE
 from ksmd.model.window import Advice, Op, WindowRequest, WindowResult
 from ksmd.remap import stub
 from ksmd.remap.wire import EXIT_UNSTOPPABLE
@@ -185,12 +187,15 @@ class Engine:
         called while the tracer is at work, which does not wait for it.
         """
         header = self._header("window", request.target, request.deadline_ms)
-        header |= {"inode": request.extent_inode, "fail": fail}
+        header |= {"inode": request.extent_inode}
         fds = [] if contexts is None else [contexts.track, contexts.guard]
         fds += [store] if store >= 0 else []
         records = request.records
+        order, packed = _packed(records)
+        if fail[0]:
+            header["fail"] = (*fail[:2], int(np.flatnonzero(order == fail[2])[0]))
         try:
-            reply, data, _ = self._ask(header, records.tobytes(), tuple(fds), meanwhile)
+            reply, data, _ = self._ask(header, packed.tobytes(), tuple(fds), meanwhile)
         except RefusedTargetError as error:
             return WindowResult(
                 request.target,
@@ -199,9 +204,10 @@ class Engine:
                 detail=error.detail,
                 lost=error.lost,
             )
-        results = np.frombuffer(data, RESULT)
+        results = np.empty(len(records), RESULT)
+        results[order] = np.frombuffer(data, STUB_RECORD)[["result", "stage"]]
         done = (results["result"] == 0) & (results["stage"] == stub.STAGE_DONE)
-        dropped = {int(index): Reason(reason) for index, reason in reply["dropped"].items()}
+        dropped = {int(order[int(at)]): Reason(reason) for at, reason in reply["dropped"].items()}
         reasons = {
             index: dropped.get(index)
             or _reason(int(records["op"][index]), *results[index].tolist())
@@ -228,6 +234,27 @@ class Engine:
             "start_time": target.start_time,
             "deadline_ms": deadline_ms,
         }
+
+
+def _packed(records: NDArray[np.void]) -> tuple[NDArray[np.intp], NDArray[np.void]]:
+    """Pack records for the stub, by address: what was in each place, and the packed ones.
+
+    Each gets its place in the quarantine; where it is long, congruent with its own, so that huge
+    pages are moved whole.
+    """
+    order = np.argsort(records["start"], kind="stable")
+    mine = records[order]
+    packed = np.zeros(len(mine), STUB_RECORD)
+    for name in ("start", "length", "offset", "op"):
+        packed[name] = mine[name]
+    packed["flags"] = mine["advice"]
+    packed["result"] = -errno.ENODATA
+    lengths = mine["length"].astype(np.int64)
+    packed["aside"] = np.cumsum(lengths) - lengths
+    for at in np.flatnonzero(lengths >= HUGE_PAGE_SIZE).tolist():
+        ahead = (int(mine["start"][at]) - int(packed["aside"][at])) % HUGE_PAGE_SIZE
+        packed["aside"][at:] += np.uint64(ahead)
+    return order, packed
 
 
 def _reason(op: int, result: int, stage: int) -> Reason:

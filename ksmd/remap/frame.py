@@ -21,6 +21,7 @@ Layout: struct rt_sigframe and struct _fpx_sw_bytes, arch/x86/include/uapi/asm/s
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -43,6 +44,12 @@ _MUNMAP: Final = 11
 _EFLAGS_PLAIN: Final = 0x202
 
 _ORDER: Final = "r8 r9 r10 r11 r12 r13 r14 r15 rdi rsi rbp rbx rdx rax rcx rsp rip eflags".split()
+
+#: uc_flags, uc_link; ss_sp, ss_flags, padding, ss_size; registers; cs, gs, fs, ss; err, trapno,
+#: oldmask, cr2; fpstate; reserved; the mask.
+_UCONTEXT: Final = struct.Struct("=QQQiiQ18Q4H4QQ64xQ")
+_PLACES: Final = Registers.places(_ORDER)
+_SEGMENTS: Final = Registers.places(["cs", "ss"])
 
 ERESTARTSYS: Final = 512
 ERESTARTNOINTR: Final = 513
@@ -83,19 +90,12 @@ def interrupted_call(registers: Registers, remembered: int | None) -> Registers:
 
 
 def _ucontext(
-    registers: dict[str, int], segments: tuple[int, int], flags: int, mask: int, fp: int
+    registers: Sequence[int], segments: tuple[int, int], flags: int, mask: int, fp: int
 ) -> bytes:
-    return b"".join(
-        (
-            struct.pack("=QQ", flags, 0),
-            struct.pack("=QiiQ", 0, _NO_ALTSTACK, 0, 0),
-            struct.pack("=18Q", *(registers.get(name, 0) for name in _ORDER)),
-            struct.pack("=4H", segments[0], 0, 0, segments[1]),
-            struct.pack("=4Q", 0, 0, 0, 0),  # err, trapno, oldmask, cr2
-            struct.pack("=Q", fp),
-            bytes(64),
-            struct.pack("=Q", mask),
-        )
+    """Pack *registers*, in the order of _ORDER, for sigreturn."""
+    code, stack = segments
+    return _UCONTEXT.pack(
+        flags, 0, 0, _NO_ALTSTACK, 0, 0, *registers, code, 0, 0, stack, 0, 0, 0, 0, fp, mask
     )
 
 
@@ -151,11 +151,12 @@ def build(
     *registers* are those to return to (see :func:`interrupted_call`), *xstate* is what
     :func:`for_sigreturn` gave, *mask* the thread's own.
     """
-    segments = (registers.field("cs"), registers.field("ss"))
-    back = {name: registers.field(name) for name in _ORDER}
+    words = registers.words()
+    code, stack = (words[at] for at in _SEGMENTS)
+    back = [words[at] for at in _PLACES]
     restorer = struct.pack("=Q", gadgets.restorer)
     f2 = restorer + _ucontext(
-        back, segments, _UC_FLAGS | _UC_FP_XSTATE, mask, anchor + _XSTATE_OFFSET
+        back, (code, stack), _UC_FLAGS | _UC_FP_XSTATE, mask, anchor + _XSTATE_OFFSET
     )
     clean = {
         "rdi": scratch[0],
@@ -165,7 +166,8 @@ def build(
         "rip": gadgets.syscall_ret,
         "eflags": _EFLAGS_PLAIN,
     }
-    f1 = restorer + _ucontext(clean, segments, _UC_FLAGS, _ALL_BLOCKED, 0)
+    away = [clean.get(name, 0) for name in _ORDER]
+    f1 = restorer + _ucontext(away, (code, stack), _UC_FLAGS, _ALL_BLOCKED, 0)
     return (
         f1.ljust(F2_OFFSET, b"\0") + f2.ljust(_XSTATE_OFFSET - F2_OFFSET, b"\0") + _signed(xstate)
     )

@@ -43,27 +43,26 @@ def forget(pid: int) -> None:
     forget_calls(pid)
 
 
-def find(pid: int, memory: Memory) -> tuple[Gadgets, Vma]:
+def find(memory: Memory, query: VmaQuery) -> tuple[Gadgets, Vma]:
     """Give the gadgets and the main stack: remembered from an earlier window, or searched.
 
     Reading all of maps takes milliseconds where there are many mappings; asking for two does
     not. What is remembered is checked, since execve changes all of it.
     """
-    known = _remembered.get(pid)
+    known = _remembered.get(memory.pid)
     if known is not None:
-        with VmaQuery(pid, memory.tid) as query:
-            stack = query.covering(known.stack_end - 1)
-            same = stack is not None and stack.end == known.stack_end and not stack.inode
-            if same and stack and gadgets.still_there(memory, query, known.gadgets):
-                return known.gadgets, stack
-    vmas = procfs.maps(pid, memory.tid)
+        stack = query.covering(known.stack_end - 1)
+        same = stack is not None and stack.end == known.stack_end and not stack.inode
+        if same and stack and gadgets.still_there(memory, query, known.gadgets):
+            return known.gadgets, stack
+    vmas = procfs.maps(memory.pid, memory.tid)
     found = gadgets.find(memory, vmas)
     if found is None:
         raise RefusedError(Reason.NO_GADGET)
     main = next((vma for vma in vmas if vma.path == "[stack]"), None)
     if main is None:
         raise RefusedError(Reason.NO_ANCHOR, "no main stack")
-    _remembered[pid] = _Places(found, main.end)
+    _remembered[memory.pid] = _Places(found, main.end)
     return found, main
 
 

@@ -14,6 +14,7 @@ from typing import Final
 
 from ksmd.kernel import procfs, ptrace
 from ksmd.kernel.memory import Memory
+from ksmd.kernel.vmaquery import VmaQuery
 from ksmd.model.errors import KsmdError
 from ksmd.model.process import TargetId
 from ksmd.model.refusal import Reason
@@ -22,6 +23,7 @@ from ksmd.remap import places, stub
 from ksmd.remap.borrowed import Borrowed, Contexts, Outcome
 from ksmd.remap.frame import for_sigreturn
 from ksmd.remap.stop import RefusedError, Stopped, choose, stop
+from ksmd.remap.wire import Batch
 
 _RSEQ_CS_OFFSET: Final = 8
 
@@ -32,19 +34,21 @@ class Session:
     def __init__(self, target: TargetId) -> None:
         self.pid = target.pid
         self._began = time.perf_counter()
-        if not procfs.is_same(target):
-            raise RefusedError(Reason.GONE)
-        self._check_states()
+        self._check_states(target)
         self.stopped: Stopped = stop(self.pid)
         self.stop_us = self._elapsed_us()
         self.resend: set[int] = set()
         self.pidfd = -1
         self._memory: Memory | None = None
+        self._query: VmaQuery | None = None
         try:
             if not procfs.is_same(target):
                 raise RefusedError(Reason.GONE)
-            self._memory = Memory(self.pid, writable=True)
+            # the first thread, if it has not ended, which the open file then proves
+            first = self.pid if self.pid in self.stopped.threads else None
+            self._memory = Memory(self.pid, writable=True, tid=first)
             self.tid = self._memory.tid
+            self._query = VmaQuery(self.pid, self.tid)
             # PIDFD_THREAD, Linux 6.9: a first thread that has ended has no descriptor table
             self.pidfd = os.pidfd_open(self.tid, os.O_EXCL if self.tid != self.pid else 0)
         except BaseException:
@@ -54,14 +58,16 @@ class Session:
     def _elapsed_us(self) -> float:
         return (time.perf_counter() - self._began) * 1e6
 
-    def _check_states(self) -> None:
-        """Refuse early, without a stop, where a thread could not stop soon."""
+    def _check_states(self, target: TargetId) -> None:
+        """Refuse early, without a stop, another process, and a thread that could not stop soon."""
         for tid in procfs.tasks(self.pid):
             try:
-                state = procfs.task_stat(self.pid, tid).state
+                found = procfs.task_stat(self.pid, tid)
             except KsmdError:  # it ended between the two reads
                 continue
-            if state == "D":
+            if tid == self.pid and found.start_time != target.start_time:
+                raise RefusedError(Reason.GONE)
+            if found.state == "D":
                 raise RefusedError(Reason.UNSTOPPABLE, f"thread {tid} is in state D")
 
     def __enter__(self) -> Session:
@@ -77,6 +83,8 @@ class Session:
         self.resend.clear()
         if self._memory is not None:
             self._memory.close()
+        if self._query is not None:
+            self._query.close()
         if self.pidfd >= 0:
             os.close(self.pidfd)
             self.pidfd = -1
@@ -86,6 +94,12 @@ class Session:
         """The target's memory, writable."""
         assert self._memory is not None
         return self._memory
+
+    @property
+    def query(self) -> VmaQuery:
+        """The target's mappings, as they are while no stub is at work."""
+        assert self._query is not None
+        return self._query
 
     # -- what the target looks like ---------------------------------------------------------
 
@@ -116,7 +130,7 @@ class Session:
                 busy.add(tid)
         return busy
 
-    def _rseq_within(self, records: list[stub.StubRecord]) -> set[int]:
+    def _rseq_within(self, batch: Batch) -> set[int]:
         """Threads whose struct rseq lies in a record.
 
         The kernel writes it on the way to user mode, where the run in quarantine would make the
@@ -125,22 +139,20 @@ class Session:
         busy = set()
         for tid in self.stopped.threads:
             address, size = self._rseq(tid)
-            if address and any(
-                r.start < address + size and address < r.start + r.length for r in records
-            ):
+            if address and batch.holding(address, size) is not None:
                 busy.add(tid)
         return busy
 
     def refuse_stale_stub(self) -> None:
         """Raise RefusedError while an earlier tracer's stub is at work; nothing is changed."""
-        found, stack = places.find(self.pid, self.memory)
+        found, stack = places.find(self.memory, self.query)
         xstate = for_sigreturn(ptrace.getxstate(next(iter(self.stopped.threads))))
         anchor = places.find_anchor(self.stopped, self.memory, stack, len(xstate), found)
         places.refuse_stale_stub(self.stopped, anchor)
 
     def run_stub(
         self,
-        records: list[stub.StubRecord],
+        batch: Batch,
         contexts: Contexts,
         *,
         trials: Sequence[int] = (),
@@ -153,14 +165,14 @@ class Session:
         *trials* are the mappings that records name by number, to be tried for flags first.
         *fail* is (step, errno, record) for tests.
         """
-        found, stack = places.find(self.pid, self.memory)
-        thread = choose(self.stopped, self._inside_rseq() | self._rseq_within(records))
+        found, stack = places.find(self.memory, self.query)
+        thread = choose(self.stopped, self._inside_rseq() | self._rseq_within(batch))
         xstate = for_sigreturn(ptrace.getxstate(thread.tid))
         anchor = places.find_anchor(self.stopped, self.memory, stack, len(xstate), found)
         places.refuse_stale_stub(self.stopped, anchor)
         borrowed = Borrowed(self, thread, anchor, found, xstate)
         with borrowed:
-            return borrowed.run(records, contexts, trials, mode, device, fail)
+            return borrowed.run(batch, contexts, trials, mode, device, fail)
 
     def rseq_pages(self) -> set[int]:
         """Page numbers that the kernel writes when the borrowed thread returns to user mode."""

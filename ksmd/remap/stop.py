@@ -145,9 +145,8 @@ def forget_calls(pid: int) -> None:
 
 def _pending(pid: int, tid: int) -> int:
     """Unblocked signals that wait for the thread, as a mask."""
-    fields = procfs.status_fields(pid, tid)
-    waiting = int(fields["SigPnd"], 16) | int(fields["ShdPnd"], 16)
-    return waiting & ~int(fields["SigBlk"], 16)
+    own, shared, blocked = procfs.status_masks(pid, tid, "SigPnd", "ShdPnd", "SigBlk")
+    return (own | shared) & ~blocked
 
 
 def _mend(pid: int, thread: Thread) -> None:
@@ -297,8 +296,8 @@ def marker_signal(pid: int, tid: int) -> int:
 
     Nor may it wait already, blocked, for someone who will ask for it (sigwait, signalfd).
     """
-    fields = procfs.status_fields(pid, tid)
-    used = int(fields["SigCgt"], 16) | int(fields["SigPnd"], 16) | int(fields["ShdPnd"], 16)
+    caught, own, shared = procfs.status_masks(pid, tid, "SigCgt", "SigPnd", "ShdPnd")
+    used = caught | own | shared
     for number in (signal.SIGURG, signal.SIGWINCH, signal.SIGCHLD):
         if not used >> (number - 1) & 1:
             return int(number)

@@ -75,8 +75,8 @@ enum { O_CLOEXEC_NONBLOCK = 02004000, RLIMIT_NOFILE = 7 };
 
 enum { MODE_WINDOW = 0, MODE_SETUP = 1 };
 enum { OP_MERGE = 0, OP_ZERO = 1, OP_UNMERGE = 2, OP_REMERGE = 3 };
-enum { REC_DONTFORK = 2, REC_DONTDUMP = 4, REC_WIPEONFORK = 8, REC_UNTRIED = 16,
-       REC_TRIAL_SHIFT = 8 };
+enum { REC_DONTFORK = 2, REC_DONTDUMP = 4, REC_WIPEONFORK = 8, REC_UNTRIED = 16, REC_SKIP = 32,
+       REC_MAPPING_SHIFT = 8 };
 enum { RES_FLAGGED = 1000 }; /* -result of a record whose mapping has flags: this plus the flags */
 /* stages a record reaches; +100: undone, +200: the undo failed */
 enum { ST_NONE, ST_REGISTERED, ST_ASIDE, ST_EQUAL, ST_MAPPED, ST_FILLED, ST_GUARDED, ST_DONE };
@@ -327,11 +327,33 @@ static void take_along(struct header *h, struct record *r, u64 aside)
             copy((u64 *)(aside + at), (u64 *)(fresh + at), PAGE);
 }
 
-/* Anonymous pages to the store (OP_MERGE), or away because they are zero (OP_ZERO). */
+/* Move a run aside, see what it holds, and see that nobody can have written to it meanwhile. */
+static i64 take_aside(struct header *h, struct record *r, u64 *moved)
+{
+    u64 aside = h->aside + r->aside, store = h->store_map + (r->offset - h->store_offset);
+    i64 ret = inject(h, ST_ASIDE, 0);
+
+    *moved = 0;
+    if (!ret)
+        ret = move_all(h, aside, r->start, r->length, moved);
+    if (ret)
+        return ret;
+    r->stage = ST_ASIDE;
+    ret = r->op == OP_ZERO ? not_zero((u64 *)aside, r->length)
+                           : differ((u64 *)aside, (u64 *)store, r->length);
+    if (!ret)
+        ret = inject(h, ST_EQUAL, 0);
+    if (!ret && tracer_dead(h))
+        ret = -EOWNERDEAD;
+    if (!ret)
+        r->stage = ST_EQUAL;
+    return ret;
+}
+
+/* Anonymous pages to the store. */
 static void merge(struct header *h, struct record *r)
 {
-    u64 aside = h->aside + r->aside, moved = 0;
-    u64 store = h->store_map + (r->offset - h->store_offset);
+    u64 aside = h->aside + r->aside, moved;
     i64 ret = inject(h, ST_REGISTERED, 0);
 
     if (!ret)
@@ -341,31 +363,15 @@ static void merge(struct header *h, struct record *r)
         return;
     }
     r->stage = ST_REGISTERED;
-    ret = inject(h, ST_ASIDE, 0);
+    ret = take_aside(h, r, &moved);
     if (!ret)
-        ret = move_all(h, aside, r->start, r->length, &moved);
-    if (ret)
-        goto home;
-    r->stage = ST_ASIDE;
-    ret = r->op == OP_ZERO ? not_zero((u64 *)aside, r->length)
-                           : differ((u64 *)aside, (u64 *)store, r->length);
-    if (!ret)
-        ret = inject(h, ST_EQUAL, 0);
-    if (!ret && tracer_dead(h))
-        ret = -EOWNERDEAD;
-    if (ret)
-        goto home;
-    r->stage = ST_EQUAL;
-    if (r->op == OP_ZERO) {
-        /* an empty anonymous range reads as zeros: nothing to map */
+        ret = map_store(h, r);
+    if (ret) {
+        r->result = ret;
+        undone(h, r, move_back(h, r, aside, moved, ret), ret);
         uffd_unregister(h->track, r->start, r->length);
-        r->stage = ST_DONE;
-        r->result = 0;
         return;
     }
-    ret = map_store(h, r);
-    if (ret)
-        goto home;
     r->stage = ST_MAPPED;
     ret = fill_and_guard(h, r);
     r->result = ret;
@@ -374,11 +380,40 @@ static void merge(struct header *h, struct record *r)
         i64 to = put(h, aside, r->length, r->start);
         undone(h, r, to == (i64)r->start, to);
     }
-    return;
-home:
+}
+
+/*
+ * Pages of zeros are dropped: an empty anonymous range reads as zeros, nothing needs to be mapped.
+ * So the mapping need not be cut up either: from its first record to its last it is registered at
+ * once, and given back at once. What was never there in between waits for that too.
+ */
+static void drop(struct header *h, struct record *r, i64 registered)
+{
+    u64 moved;
+    i64 ret = inject(h, ST_REGISTERED, registered);
+
     r->result = ret;
-    undone(h, r, move_back(h, r, aside, moved, ret), ret);
-    uffd_unregister(h->track, r->start, r->length);
+    if (ret)
+        return;
+    r->stage = ST_REGISTERED;
+    ret = take_aside(h, r, &moved);
+    r->result = ret;
+    if (ret)
+        undone(h, r, move_back(h, r, h->aside + r->aside, moved, ret), ret);
+    else
+        r->stage = ST_DONE;
+}
+
+/* The end of the last of the records from `r` on that lie in one mapping. */
+static u64 end_of_mapping(struct header *h, struct record *r)
+{
+    struct record *last = (struct record *)h->records + h->nrecords - 1, *at = r;
+
+    while (at < last && at[1].flags >> REC_MAPPING_SHIFT == r->flags >> REC_MAPPING_SHIFT)
+        at++;
+    while (at > r && at->flags & REC_SKIP)
+        at--;
+    return at->start + at->length;
 }
 
 /* Move a merged run's page table aside; accesses to the run wait in the tracking context. */
@@ -609,7 +644,7 @@ home:
     lower(h, r, aside);
 }
 
-/* Records of one window are all merges and zeros, or all lifts. */
+/* Records of one window are all of one kind. */
 INLINE int lifts(struct header *h)
 {
     return ((struct record *)h->records)->op >= OP_UNMERGE;
@@ -659,10 +694,10 @@ static void try_flags(struct header *h)
 /* What is known now of the flags of a record's mapping, in place of what the daemon read before. */
 static void know_flags(struct header *h, struct record *r)
 {
-    u64 number = r->flags >> REC_TRIAL_SHIFT;
+    u64 number = r->flags >> REC_MAPPING_SHIFT;
     u64 found = number ? ((u64 *)h->trials)[number - 1] : REC_UNTRIED;
 
-    r->flags &= (1 << REC_TRIAL_SHIFT) - 1;
+    r->flags &= (1 << REC_MAPPING_SHIFT) - 1;
     if (found != REC_UNTRIED)
         r->flags = (u32)found;
     else if (number && r->op == OP_MERGE)
@@ -775,10 +810,13 @@ static void clean_up(struct header *h)
 static void carry_out(struct header *h)
 {
     struct record *r = (struct record *)h->records;
-    u64 step = h->fail_step;
+    u64 step = h->fail_step, held = 0, held_end = 0;
+    i64 registered = 0;
 
     try_flags(h);
     for (u64 i = 0; i < h->nrecords && !h->error; i++, r++) {
+        if (r->flags & REC_SKIP)
+            continue;
         if (tracer_dead(h)) {
             r->result = -EOWNERDEAD;
             continue;
@@ -788,15 +826,25 @@ static void carry_out(struct header *h)
             continue;
         }
         h->fail_step = h->fail_record == i ? step : 0;
-        know_flags(h, r);
+        if (r->op == OP_ZERO && r->start >= held_end) {
+            if (held_end > held && !registered)
+                uffd_unregister(h->track, held, held_end - held);
+            held = r->start;
+            held_end = end_of_mapping(h, r);
+            registered = uffd_register(h->track, held, held_end - held, MODE_MISSING);
+        }
+        if (r->op != OP_ZERO)
+            know_flags(h, r);
         if (r->op == OP_MERGE && r->flags) {
             r->result = -(i64)(RES_FLAGGED + r->flags);
             continue;
         }
         switch (r->op) {
         case OP_MERGE:
-        case OP_ZERO:
             merge(h, r);
+            break;
+        case OP_ZERO:
+            drop(h, r, registered);
             break;
         case OP_UNMERGE:
             unmerge(h, r);
@@ -805,6 +853,8 @@ static void carry_out(struct header *h)
             remerge(h, r);
         }
     }
+    if (held_end > held && !registered)
+        uffd_unregister(h->track, held, held_end - held);
 }
 
 /* The contexts come from the target's own ioctl; the tracer takes them and we close ours. */

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import struct
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -17,7 +16,6 @@ STAGE_DONE: Final = 7
 UNDONE: Final = 100
 #: A result below the negative of it: the mapping has flags (Advice), which are the rest.
 FLAGGED: Final = 1000
-_TRIAL_SHIFT: Final = 8
 STUCK: Final = 200
 
 _FIELDS: Final = (
@@ -33,35 +31,10 @@ _IOVEC_AT: Final = _MSGHDR_AT + 64
 _CONTROL_AT: Final = _IOVEC_AT + 16
 _BYTE_AT: Final = _CONTROL_AT + 64
 HEADER_SIZE: Final = _BYTE_AT + 16
-RECORD: Final = struct.Struct("=QQQQIIIIq")
+RECORD_SIZE: Final = 56
 
 #: System calls the stub makes, and rt_sigreturn on its way out: what a seccomp filter must allow.
 SYSTEM_CALLS: Final = (3, 9, 10, 11, 15, 16, 17, 25, 27, 28, 39, 41, 47, 186, 234, 302)
-
-
-@dataclass(slots=True)
-class StubRecord:
-    """One record in the stub's terms; bytes everywhere.
-
-    ``aside`` is its place in quarantine, ``flags`` are :class:`ksmd.model.window.Advice`; ``trial``
-    is which of the mappings that are tried for flags it lies in, from 1 on, 0 for none.
-    """
-
-    op: int
-    start: int
-    length: int
-    offset: int
-    aside: int
-    prot: int = 3
-    flags: int = 0
-    trial: int = 0
-
-    def pack(self) -> bytes:
-        """Give the struct record."""
-        flags = self.flags | self.trial << _TRIAL_SHIFT
-        return RECORD.pack(
-            self.start, self.length, self.offset, self.aside, self.op, self.prot, flags, 0, -61
-        )
 
 
 @functools.cache
@@ -83,11 +56,6 @@ def pack_header(address: int, **fields: int) -> bytes:
 def unpack_header(data: bytes) -> dict[str, int]:
     """Give the header's fields by name, signed."""
     return dict(zip(_FIELDS, _HEADER.unpack_from(data), strict=True))
-
-
-def unpack_results(data: bytes) -> list[tuple[int, int]]:
-    """Give (result, stage) of every record."""
-    return [(fields[8], fields[7]) for fields in RECORD.iter_unpack(data)]
 
 
 def field_offset(name: str) -> int:

@@ -147,7 +147,7 @@ class Tracer:
         device = userfaultfd.open_device()
         try:
             outcome, taken = session.run_stub(
-                [], Contexts(self._alive.fd), mode=stub.MODE_SETUP, device=device
+                wire.Batch(), Contexts(self._alive.fd), mode=stub.MODE_SETUP, device=device
             )
         finally:
             os.close(device)
@@ -157,26 +157,24 @@ class Tracer:
     def _window(
         self, session: Session, header: dict[str, Any], payload: bytes, fds: list[int]
     ) -> _Reply:
-        records = list(wire.unpack_records(payload))
-        if any(record[0] >= Op.UNMERGE for record in records):
+        batch = wire.Batch(payload)
+        if batch.op >= Op.UNMERGE:
             _refuse_pins(session.pid)
-        admitted, dropped, trials = admit(session, records, header["inode"])
-        outcome = Outcome(threads=len(session.stopped.threads))
-        if admitted:
+        dropped, trials = admit(session, batch, header["inode"])
+        outcome = Outcome(batch.tobytes(), threads=len(session.stopped.threads))
+        if len(dropped) < len(batch):
             contexts = Contexts(self._alive.fd, *fds)
             fail = tuple(header.get("fail", (0, 0, 0)))
-            outcome, _ = session.run_stub(admitted, contexts, trials=trials, fail=fail)
+            outcome, _ = session.run_stub(batch, contexts, trials=trials, fail=fail)
             if not outcome.kept:
                 _refuse_stub_error(outcome)
-        ran = iter(outcome.results)
-        results = [(0, 0) if i in dropped else next(ran) for i in range(len(records))]
         reply = {
             "dropped": dropped,
             "kept": outcome.kept,
             "threads": outcome.threads,
             "times": outcome.times,
         }
-        return reply, wire.pack_results(results), []
+        return reply, outcome.records, []
 
 
 def _refuse_stub_error(outcome: Outcome) -> None:

@@ -1,13 +1,15 @@
-"""How the daemon and the tracer understand each other: records and results, and how one ends.
+"""How the daemon and the tracer understand each other: records, and how a tracer ends.
 
-Records and results are packed, without a schema. This is the tracer's side, without numpy; the
-daemon's are the dtypes RECORD and RESULT.
+Records travel as the stub reads them, and come back as it left them: the daemon packs and unpacks
+whole columns (dtype STUB_RECORD), and the tracer, which has no numpy, looks at whole columns too.
+What has to be done for each record in Python would be done while the target stands still.
 """
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Iterable, Iterator
+from array import array
+from bisect import bisect_left
+from operator import add
 from typing import Final
 
 #: Exit status of a tracer: a thread did not stop in time.
@@ -15,16 +17,52 @@ EXIT_UNSTOPPABLE: Final = 10
 #: Exit status of a tracer: the stub did not end in time. It goes on and leaves by itself.
 EXIT_STUB_LATE: Final = 11
 
-RECORD: Final = struct.Struct("=IQQQI")
-RESULT: Final = struct.Struct("=qI")
+#: Bits of a record's flags beside advice: it is left out; and from where on the number of a mapping
+#: is written, from 1 on: of those that are tried for flags, or whose zero pages are dropped.
+SKIP: Final = 32
+MAPPING_SHIFT: Final = 8
+
+_WORDS: Final = 7  # of 8 bytes: start, length, offset, aside, op | prot, flags | stage, result
+_HIGH: Final = 32
+_LOW: Final = 0xFFFF_FFFF
 
 
-def unpack_records(data: bytes) -> Iterator[tuple[int, int, int, int, int]]:
-    """Give (op, start, length, offset, advice) of every record."""
-    return RECORD.iter_unpack(data)
+class Batch:
+    """The records of one window: of one operation, ascending by ``starts``."""
 
+    def __init__(self, payload: bytes = b"") -> None:
+        self._words = array("Q", payload)
+        self.starts = self._words[0::_WORDS]
+        self.lengths = self._words[1::_WORDS]
+        self.ends = array("Q", map(add, self.starts, self.lengths))
+        self.offsets = self._words[2::_WORDS]
+        self.op = self._words[4] & _LOW if self._words else -1
 
-def pack_results(results: Iterable[tuple[int, int]]) -> bytes:
-    """Pack (result, stage) of every record."""
-    pack = RESULT.pack
-    return b"".join([pack(result, stage) for result, stage in results])
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    @property
+    def quarantine(self) -> int:
+        """Bytes that the quarantine takes."""
+        return max(map(add, self._words[3::_WORDS], self.lengths), default=0)
+
+    def skip(self, index: int) -> None:
+        """Leave a record out."""
+        self._words[5 + _WORDS * index] |= SKIP
+
+    def protect(self, first: int, end: int, prot: int, number: int) -> None:
+        """Note for records [first, end) the mapping's protection, and its *number* or 0."""
+        step = slice(4 + _WORDS * first, 4 + _WORDS * end, _WORDS)
+        self._words[step] = array("Q", [self.op | prot << _HIGH]) * (end - first)
+        if number:
+            for at in range(5 + _WORDS * first, 5 + _WORDS * end, _WORDS):
+                self._words[at] |= number << MAPPING_SHIFT
+
+    def holding(self, address: int, length: int) -> int | None:
+        """Give the record that holds any of [address, address + length), a page at the most."""
+        at = bisect_left(self.starts, address + length) - 1
+        return at if at >= 0 and address < self.ends[at] else None
+
+    def tobytes(self) -> bytes:
+        """Give the records as the stub reads them."""
+        return self._words.tobytes()

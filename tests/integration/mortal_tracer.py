@@ -36,7 +36,7 @@ def _mortal_request(*arguments: Any) -> int:
 
 ptrace._request = _mortal_request
 if _blind == "states":
-    Session._check_states = lambda self: None  # type: ignore[method-assign]
+    Session._check_states = lambda self, target: None  # type: ignore[method-assign]
 elif _blind == "rseq":
     Session._inside_rseq = lambda self: set()  # type: ignore[method-assign]
 sys.exit(tracer.main(["tracer", sys.argv[-1]]))

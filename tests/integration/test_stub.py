@@ -8,10 +8,13 @@ import subprocess
 from importlib.resources import files
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from ksmd.model.tables import STUB_RECORD
 from ksmd.model.window import Advice, Op
 from ksmd.remap import build, stub
+from ksmd.remap.wire import MAPPING_SHIFT, SKIP, Batch
 
 SOURCE = files("ksmd.remap").joinpath("stub.c").read_text()
 
@@ -123,20 +126,19 @@ def test_header_fields_keep_their_sign() -> None:
 
 def test_python_packs_records_as_the_compiler_reads_them(built: Path) -> None:
     offsets = _offsets(built)["record"]
-    assert offsets.pop("sizeof") == stub.RECORD.size
-    packed = stub.StubRecord(
-        Op.REMERGE, 0x11, 0x22, 0x33, 0x44, prot=5, flags=Advice.DONTFORK, trial=3
-    )
-    data = packed.pack()
-    expected = {
-        "start": 0x11, "length": 0x22, "offset": 0x33, "aside": 0x44,
-        "op": 3, "prot": 5, "flags": 2 | 3 << 8, "stage": 0, "result": -61,
-    }  # fmt: skip
-    assert set(expected) == set(offsets)
-    sizes = {name: "=I" if name in ("op", "prot", "flags", "stage") else "=q" for name in offsets}
-    found = {name: struct.unpack_from(sizes[name], data, at)[0] for name, at in offsets.items()}
-    assert found == expected
-    assert stub.unpack_results(data) == [(-61, 0)]
+    assert offsets.pop("sizeof") == stub.RECORD_SIZE == STUB_RECORD.itemsize
+    fields = STUB_RECORD.fields
+    assert fields is not None
+    assert {name: fields[name][1] for name in STUB_RECORD.names or ()} == offsets
+    record = np.zeros(1, STUB_RECORD)
+    record["start"], record["length"], record["offset"], record["aside"] = 0x11, 0x22, 0x33, 0x44
+    record["op"], record["flags"], record["result"] = Op.REMERGE, Advice.DONTFORK, -61
+    batch = Batch(record.tobytes())
+    batch.protect(0, 1, prot=5, number=3)
+    batch.skip(0)
+    assert (batch.op, batch.ends[0], batch.offsets[0], batch.quarantine) == (3, 0x33, 0x33, 0x66)
+    record["prot"], record["flags"] = 5, Advice.DONTFORK | 3 << MAPPING_SHIFT | SKIP
+    assert batch.tobytes() == record.tobytes()
 
 
 def test_stages_and_operations_have_the_numbers_of_the_source() -> None:
@@ -147,6 +149,7 @@ def test_stages_and_operations_have_the_numbers_of_the_source() -> None:
     advice = {name: int(numbers[f"REC_{name}"]) for name in ("DONTFORK", "DONTDUMP", "WIPEONFORK")}
     assert advice == {name: Advice[name].value for name in advice}
     assert int(numbers["RES_FLAGGED"]) == stub.FLAGGED
+    assert (int(numbers["REC_SKIP"]), int(numbers["REC_MAPPING_SHIFT"])) == (SKIP, MAPPING_SHIFT)
     assert int(numbers["MODE_SETUP"]) == stub.MODE_SETUP
     assert (int(numbers["UNDONE"]), int(numbers["STUCK"])) == (stub.UNDONE, stub.STUCK)
     stages = re.search(r"enum \{ (ST_NONE[^}]*) \}", SOURCE)
