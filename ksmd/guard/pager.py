@@ -66,7 +66,7 @@ from ksmd.model.units import PAGE_SIZE
 _SOON = 0.001  # s: the sender of an event has to run on
 _LATER = 0.02  # s: the owner does not read, or a descriptor has to come free
 _SWEEP = 2.0  # s: idle sweeps for dead children
-_SILENCE = 1.0  # s: when we were told to leave, a daemon that says nothing needs us no more
+_SILENCE = 0.2  # s: when we were told to leave, a daemon that says nothing needs us no more
 _TOLD = 1.0  # s: a daemon tells a pager of its own everything
 _GONE_KEYS = 500  # per message
 
