@@ -30,7 +30,8 @@ mount -t tmpfs -o mode=1777 tmpfs "$root/tmp"
 mkdir "$root/run/lock" "$root/run/test"
 mount --bind "$work/shared" "$root/run/test"
 
-cp -R "$tree/." "$root/"
+# with its timestamps, or what is compiled there would be compiled again at each start
+cp -R --preserve=mode,timestamps "$tree/." "$root/"
 # The interpreter and its libraries may lie in a home directory, which services do not see.
 mount --bind "$python" "$root/opt/python"
 mount --bind "$libraries" "$root/opt/libraries"
@@ -55,6 +56,13 @@ for unit in getty.target systemd-logind.service systemd-udevd.service systemd-ud
     sys-fs-fuse-connections.mount proc-sys-fs-binfmt_misc.automount; do
     ln -sfn /dev/null "$units/$unit"
 done
+# no unit of this machine is generated, and every daemon-reload would run them all
+mkdir -p "$root/etc/systemd/system-generators"
+for generator in "$root"/lib/systemd/system-generators/*; do
+    ln -sfn /dev/null "$root/etc/systemd/system-generators/${generator##*/}"
+done
+# dpkg would have the index of all manual pages made anew
+rm -f "$root/var/lib/man-db/auto-update"
 printf '[Journal]\nStorage=volatile\nForwardToConsole=no\n' >"$root/etc/systemd/journald.conf.d/test.conf"
 
 cd "$root"
