@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -67,13 +68,24 @@ def kernel_settings_as_found() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def debian_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Build the Debian package, once."""
+def package_build(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Future[Path]]:
+    """The Debian package, built once, beside whatever runs meanwhile."""
     script = Path(__file__).parents[1] / ".ci/deb"
     command = [script, tmp_path_factory.mktemp("package")]
-    build = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert build.returncode == 0, build.stderr
-    return Path(build.stdout.splitlines()[-1])
+
+    def build() -> Path:
+        built = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert built.returncode == 0, built.stderr
+        return Path(built.stdout.splitlines()[-1])
+
+    with ThreadPoolExecutor(1) as aside:
+        yield aside.submit(build)
+
+
+@pytest.fixture(scope="session")
+def debian_package(package_build: Future[Path]) -> Path:
+    """Give the Debian package."""
+    return package_build.result()
 
 
 StartVictim = Callable[..., Victim]

@@ -30,7 +30,7 @@ def until(condition: Callable[[], Any], what: str, patience: float = PATIENCE) -
     deadline = time.monotonic() + patience
     while not (found := condition()):
         assert time.monotonic() < deadline, f"waited in vain for: {what}"
-        time.sleep(0.1)
+        time.sleep(0.05)
     return found
 
 

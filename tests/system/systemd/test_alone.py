@@ -5,57 +5,55 @@ Should every process of the unit be killed at once, the guard stands, and the ne
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
-from inside import PAGES, SETTINGS, Service, Target, as_shipped
+from beside import Lane, Story
+from inside import (
+    PAGES,
+    SETTINGS,
+    Pair,
+    Service,
+    Target,
+    answers,
+    as_shipped,
+    dropped,
+    given_back,
+    guarded,
+    installed,
+    merged,
+    right,
+    two_targets,
+)
 from machine import Machine, until
 
 pytestmark = pytest.mark.root
 
-Pair = tuple[Target, Target]
+
+@contextlib.contextmanager
+def without_the_unit(tree: Path) -> Iterator[Callable[[Story], None]]:
+    """A machine of its own, whose pager's unit cannot be started.
+
+    Each test gets ksmd.service, paused, with nothing merged, and two victims.
+    """
+    with installed(tree) as machine:
+        machine.run("systemctl", "mask", "--runtime", "ksmd-pager.service")
+
+        def play(story: Story) -> None:
+            with as_shipped(machine) as made:
+                machine.run("systemctl", "start", "ksmd.service")
+                made.call("Unmerge", wait=True)
+                with two_targets(machine) as pair:
+                    story(made, pair)
+
+        yield play
 
 
-@pytest.fixture(scope="module", autouse=True)
-def no_pager_unit(machine: Machine) -> Iterator[None]:
-    """The pager's unit cannot be started."""
-    machine.run("systemctl", "stop", "ksmd.service", "ksmd-pager.service")
-    machine.run("systemctl", "mask", "--runtime", "ksmd-pager.service")
-    yield
-    machine.run("systemctl", "stop", "ksmd.service", check=False)
-    machine.run("systemctl", "unmask", "--runtime", "ksmd-pager.service")
-
-
-@pytest.fixture
-def alone(machine: Machine) -> Iterator[Service]:
-    """ksmd.service without it, paused, with nothing merged."""
-    with as_shipped(machine) as made:
-        machine.run("systemctl", "start", "ksmd.service")
-        made.call("Unmerge", wait=True)
-        yield made
-
-
-@pytest.fixture
-def own_pair(machine: Machine) -> Iterator[Pair]:
-    """Two victims whose children end with the test."""
-    made = Target(machine), Target(machine)
-    yield made
-    for one in made:
-        one.end()
-
-
-def answers(pair: Pair, order: str) -> list[str]:
-    return [one.ask(order) for one in pair]
-
-
-def right(pair: Pair) -> bool:
-    return answers(pair, "check") == ["right", "right"]
-
-
-def given_back(pair: Pair) -> bool:
-    return [one.store_pages() for one in pair] == [0, 0] and right(pair)
+lane = Lane(without_the_unit, "tree")
 
 
 def processes(machine: Machine) -> list[str]:
@@ -78,44 +76,46 @@ def kill_all(service: Service) -> None:
     until(lambda: service.machine.code(*gone) == 0, f"the end of {names}")
 
 
+@lane.test
 def test_when_all_are_killed_the_guard_stands_and_the_next_daemon_takes_everything_over(
-    alone: Service, own_pair: Pair
+    alone: Service, pair: Pair
 ) -> None:
     assert alone.settle()["pages_sharing"] >= 0.9 * PAGES
-    assert all(int(pid) > 0 for pid in answers(own_pair, "fork"))  # children that share it
-    assert answers(own_pair, "child check") == ["right", "right"]
+    assert all(int(pid) > 0 for pid in answers(pair, "fork"))  # children that share it
+    assert answers(pair, "child check") == ["right", "right"]
     # two contexts for each target, one for each child of it, two files of notes, an extent at least
     until(lambda: stored(alone) >= 2 * 2 + 2 + 2 + 1, "all in the store")
     alone.drop_in("ksmd.service", "[Service]\nRestartSec=2s\n")  # time to look around
     kill_all(alone)
     assert processes(alone.machine) == []
-    assert all(one.store_pages() >= 0.9 * PAGES for one in own_pair)
+    assert merged(pair)
 
-    own_pair[0].order("drop 77")
-    own_pair[1].order("child drop 78")
+    pair[0].order("drop 77")
+    pair[1].order("child drop 78")
     time.sleep(0.3)
     assert processes(alone.machine) == []  # nobody is there to answer
-    assert not any(one.has_answered() for one in own_pair)
-    assert [one.answer() for one in own_pair] == ["0", "0"]  # the next pager did
+    assert not any(one.has_answered() for one in pair)
+    assert [one.answer() for one in pair] == ["0", "0"]  # the next pager did
 
     alone.drop_in("ksmd.service", "")
     until(lambda: alone.state == "active/running/success", "the next daemon")
-    assert right(own_pair)
-    assert answers(own_pair, "child check") == ["right", "right"]
+    assert right(pair)
+    assert answers(pair, "child check") == ["right", "right"]
     told = alone.journal("--unit=ksmd")
     assert re.search(r"adopted what an earlier ksmd left: \d targets, \d extents", told)
     assert "nobody guards" not in told
     assert "lost its pins" in told  # io_uring cannot be stored: all were given back, to merge anew
     assert alone.settle()["pages_sharing"] >= 0.9 * PAGES
-    assert all(one.store_pages() >= 0.9 * PAGES for one in own_pair)
-    assert answers(own_pair, "write 5") == ["done", "done"]
-    assert answers(own_pair, "drop 79") == ["0", "0"]
-    assert answers(own_pair, "child write 6") == ["done", "done"]
-    assert answers(own_pair, "child drop 80") == ["0", "0"]
-    assert right(own_pair)
-    assert answers(own_pair, "child check") == ["right", "right"]
+    assert merged(pair)
+    assert answers(pair, "write 5") == ["done", "done"]
+    assert answers(pair, "drop 79") == ["0", "0"]
+    assert answers(pair, "child write 6") == ["done", "done"]
+    assert answers(pair, "child drop 80") == ["0", "0"]
+    assert right(pair)
+    assert answers(pair, "child check") == ["right", "right"]
 
 
+@lane.test
 def test_what_it_stores_goes_with_the_targets_and_is_still_there_after_a_restart(
     alone: Service, pair: Pair
 ) -> None:
@@ -128,15 +128,14 @@ def test_what_it_stores_goes_with_the_targets_and_is_still_there_after_a_restart
     alone.settle()  # notices it
     before = until(lambda: 0 < stored(alone) <= 2 * 2 + 2 + 2 and stored(alone), "the third's end")
     machine.run("systemctl", "restart", "ksmd.service")
-    assert all(one.store_pages() >= 0.9 * PAGES for one in pair)
-    assert answers(pair, "drop 77") == ["0", "0"]
-    assert right(pair)
+    assert merged(pair)
+    assert guarded(pair)
     assert alone.main_pid not in (0, main)
     assert machine.run("pgrep", "^ksmd-pager") == pager
     assert stored(alone) == before
-    until(lambda: alone.status()["pages_sharing"] >= 0.9 * PAGES, "what is merged in the counters")
+    assert alone.knows_what_is_merged()
     alone.signal("KILL")  # the pager goes on, and nothing is taken from the store
-    assert answers(pair, "drop 78") == ["0", "0"]
+    assert dropped(pair) == ["0", "0"]
     until(lambda: alone.main_pid not in (0, main), "another daemon")
     assert machine.run("pgrep", "^ksmd-pager") == pager
     assert stored(alone) == before
@@ -148,6 +147,7 @@ def test_what_it_stores_goes_with_the_targets_and_is_still_there_after_a_restart
     assert stored(alone) == 0
 
 
+@lane.test
 def test_with_wrong_settings_the_next_daemon_hands_all_to_a_pager_and_fails(
     alone: Service, pair: Pair
 ) -> None:
@@ -155,21 +155,20 @@ def test_with_wrong_settings_the_next_daemon_hands_all_to_a_pager_and_fails(
     until(lambda: stored(alone) >= 2 * 2 + 2 + 1, "all in the store")
     alone.settings("version: 1\nrun: stop\n")  # ksmd.yaml says merge
     kill_all(alone)
-    assert answers(pair, "drop 77") == ["0", "0"]  # whoever answers
+    assert dropped(pair) == ["0", "0"]  # whoever answers
     until(lambda: alone.state == "failed/failed/exit-code", "the failure")
     assert alone.machine.show("ksmd.service", "ExecMainStatus") == "2"
     assert stored(alone) == 0  # a unit that has failed for good keeps nothing
-    assert all(one.store_pages() >= 0.9 * PAGES for one in pair)
-    assert answers(pair, "drop 78") == ["0", "0"]
-    assert right(pair)
+    assert merged(pair)
+    assert guarded(pair)
     assert "is guarded by the pager" in alone.journal("--unit=ksmd")
     alone.settings(SETTINGS)
     alone.machine.run("systemctl", "reset-failed", "ksmd.service")
     assert alone.settle()["pages_sharing"] >= 0.9 * PAGES
-    assert answers(pair, "drop 79") == ["0", "0"]
-    assert right(pair)
+    assert guarded(pair)
 
 
+@lane.test
 def test_what_does_not_fit_into_the_store_costs_no_target_a_byte(
     alone: Service, pair: Pair
 ) -> None:
@@ -184,7 +183,6 @@ def test_what_does_not_fit_into_the_store_costs_no_target_a_byte(
     until(lambda: alone.main_pid not in (0, main), "another daemon")
     alone.settle()
     assert right(pair)
-    assert answers(pair, "drop 77") == ["0", "0"]
-    assert right(pair)
+    assert guarded(pair)
     alone.machine.run("systemctl", "stop", "ksmd.service")
     assert right(pair)

@@ -5,39 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from inside import PAGES, Service, Target
+from beside import Lane, units_installed
+from inside import PAGES, Pair, Service, given_back, guarded, merged
 from machine import until
 
 import ksmd
 
 pytestmark = pytest.mark.root
 
-Pair = tuple[Target, Target]
+lane = Lane(units_installed, "tree")
 VERSION_FILE = "/opt/ksmd/lib/python3*/site-packages/ksmd/__init__.py"
 
 
-def right(pair: Pair) -> bool:
-    return [one.ask("check") for one in pair] == ["right", "right"]
-
-
-def merged(pair: Pair) -> bool:
-    return all(one.store_pages() >= 0.9 * PAGES for one in pair)
-
-
-def given_back(pair: Pair) -> bool:
-    return [one.store_pages() for one in pair] == [0, 0] and right(pair)
-
-
-def guarded(pair: Pair) -> bool:
-    """Whether dropped memory reads as zeros, as it would without us."""
-    return [one.ask("drop 77") for one in pair] == ["0", "0"] and right(pair)
-
-
-def knows_what_is_merged(service: Service) -> bool:
-    counted = "the merged pages in the counters"
-    return bool(until(lambda: service.status()["pages_sharing"] >= 0.9 * PAGES, counted))
-
-
+@lane.test
 def test_it_is_started_before_ksmd_and_stopped_after_it(service: Service) -> None:
     service.machine.run("systemctl", "stop", "ksmd-pager.service")
     service.status()
@@ -62,6 +42,7 @@ def test_its_sandbox_is_that_of_ksmd() -> None:
     assert len(sandbox("ksmd.service")) > 30
 
 
+@lane.test
 def test_a_restart_of_ksmd_leaves_all_merged_and_the_pager_untouched(
     running: Service, pair: Pair
 ) -> None:
@@ -72,12 +53,13 @@ def test_a_restart_of_ksmd_leaves_all_merged_and_the_pager_untouched(
     assert merged(pair)  # although on_stop is unmerge
     assert running.status()["full_scans"] >= counted >= 1  # as if nothing had happened
     assert guarded(pair)
-    assert knows_what_is_merged(running)
+    assert running.knows_what_is_merged()
     assert running.pager_pid == pager
     assert running.main_pid not in (0, main)
     assert "stopping for a restart" in running.journal("--unit=ksmd")
 
 
+@lane.test
 def test_an_upgrade_of_ksmd_replaces_the_pager_and_leaves_all_merged(
     running: Service, pair: Pair
 ) -> None:
@@ -93,15 +75,16 @@ def test_an_upgrade_of_ksmd_replaces_the_pager_and_leaves_all_merged(
         install("99.0")
         assert merged(pair)
         assert guarded(pair)
-        assert knows_what_is_merged(running)
+        assert running.knows_what_is_merged()
         assert running.pager_pid not in (0, pager)
         assert running.machine.run("pgrep", "^ksmd-pager") == str(running.pager_pid)
     finally:
         install(ksmd.__version__)
-    assert knows_what_is_merged(running)
+    assert running.knows_what_is_merged()
     assert guarded(pair)
 
 
+@lane.test
 def test_stopping_ksmd_with_on_stop_keep_leaves_the_guard_and_stopping_the_pager_unmerges(
     service: Service, pair: Pair
 ) -> None:
@@ -123,6 +106,7 @@ def test_stopping_ksmd_with_on_stop_keep_leaves_the_guard_and_stopping_the_pager
         machine.run("sed", "-i", "s/^on_stop:.*/on_stop: unmerge/", "/etc/ksmd/ksmd.yaml")
 
 
+@lane.test
 def test_stopping_the_pager_under_a_ksmd_that_runs_unmerges_until_it_is_started_again(
     running: Service, pair: Pair
 ) -> None:
@@ -139,19 +123,20 @@ def test_stopping_the_pager_under_a_ksmd_that_runs_unmerges_until_it_is_started_
     machine.run("systemctl", "start", "ksmd-pager.service")
     pager = running.pager_pid
     until(lambda: machine.run("pgrep", "^ksmd-pager") == str(pager), "the move to that pager")
-    assert knows_what_is_merged(running)
+    assert running.knows_what_is_merged()
     assert not running.status()["paused"]
     assert guarded(pair)
 
     machine.run("systemctl", "restart", "ksmd-pager.service")
     until(lambda: not running.status()["paused"], "another pager")
     assert running.pager_pid not in (0, pager)
-    assert knows_what_is_merged(running)  # again, by its own scans
+    assert running.knows_what_is_merged()  # again, by its own scans
     assert machine.run("pgrep", "^ksmd-pager") == str(running.pager_pid)
     assert running.main_pid == main
     assert guarded(pair)
 
 
+@lane.test
 def test_a_pager_that_stands_by_for_another_socket_is_told_of(service: Service) -> None:
     there = "/usr/bin/ksmd pager --socket /run/ksmd/another.sock"
     stop = "ExecStop=\nExecStop=/bin/true\n"
@@ -163,6 +148,7 @@ def test_a_pager_that_stands_by_for_another_socket_is_told_of(service: Service) 
     service.machine.run("systemctl", "stop", "ksmd.service", "ksmd-pager.service")
 
 
+@lane.test
 def test_when_pager_and_daemon_are_killed_at_once_the_guard_stands_and_all_comes_back(
     running: Service, pair: Pair
 ) -> None:

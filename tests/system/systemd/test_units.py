@@ -9,7 +9,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from inside import PAGES, SETTINGS, Service, Target
+from inside import PAGES, SETTINGS, Pair, Service, given_back, guarded, merged, right
 from machine import Machine, until
 
 import ksmd
@@ -19,30 +19,6 @@ pytestmark = pytest.mark.root
 UNITS = Path(ksmd.__file__).parents[1] / "systemd"
 ENABLED = ("ksmd.service", "ksmd.socket", "ksmd-exporter.service", "ksmd-exporter.socket")
 NAMES = (*ENABLED, "ksmd-pager.service")
-Pair = tuple[Target, Target]
-
-
-def right(pair: Pair) -> bool:
-    return [one.ask("check") for one in pair] == ["right", "right"]
-
-
-def merged(pair: Pair) -> bool:
-    return all(one.store_pages() >= 0.9 * PAGES for one in pair)
-
-
-def guarded(pair: Pair) -> bool:
-    """Whether dropped memory reads as zeros, as it would without us."""
-    return [one.ask("drop 77") for one in pair] == ["0", "0"] and right(pair)
-
-
-def knows_what_is_merged(service: Service) -> bool:
-    """Whether a new daemon has taken over what the one before it merged."""
-    counted = "the merged pages in the counters"
-    return bool(until(lambda: service.status()["pages_sharing"] >= 0.9 * PAGES, counted))
-
-
-def has_restarted(service: Service, before: int) -> bool:
-    return service.main_pid not in (0, before) and service.state == "active/running/success"
 
 
 # -- the units themselves -------------------------------------------------------------------------
@@ -188,14 +164,13 @@ def test_killing_the_daemon_leaves_targets_merged_guarded_and_right(
     before = running.main_pid
     running.signal("KILL")
     assert right(pair)
-    until(lambda: has_restarted(running, before), "another daemon")
+    until(lambda: running.has_restarted(before), "another daemon")
     assert int(running.machine.show("ksmd.service", "NRestarts")) >= 1
     assert merged(pair)
     assert guarded(pair)
-    assert knows_what_is_merged(running)
+    assert running.knows_what_is_merged()
     running.machine.run("systemctl", "stop", "ksmd.service")
-    assert [one.store_pages() for one in pair] == [0, 0]
-    assert right(pair)
+    assert given_back(pair)
     assert running.machine.run("pgrep", "^ksmd-(main|tracer|pager)") == str(running.pager_pid)
 
 
@@ -277,30 +252,10 @@ def test_stopping_gives_every_page_back_and_leaves_the_socket_and_an_idle_pager(
     running.machine.run("systemctl", "stop", "ksmd.service")
     assert running.state == "inactive/dead/success"
     assert running.machine.show("ksmd.service", "ExecMainStatus") == "0"
-    assert [one.store_pages() for one in pair] == [0, 0]
-    assert right(pair)
+    assert given_back(pair)
     assert running.machine.run("pgrep", "^ksmd-(main|tracer|pager)") == str(running.pager_pid)
     assert running.machine.show("ksmd.socket", "ActiveState") == "active"
     assert running.status()["pages_sharing"] == 0  # and the socket starts it again
-
-
-def test_the_watchdog_leaves_a_daemon_that_works_alone_and_replaces_one_that_hangs(
-    service: Service, pair: Pair
-) -> None:
-    service.drop_in("ksmd.service", "[Service]\nWatchdogSec=3s\n")
-    scans = service.settle()["full_scans"]
-    before = service.main_pid
-    for _ in range(3):
-        service.settle()
-    service.machine.run("sleep", "3.3")  # more than the watchdog's time, idle
-    assert service.status()["full_scans"] > scans
-    assert service.main_pid == before
-    service.signal("STOP")
-    until(lambda: has_restarted(service, before), "another daemon")
-    assert "Watchdog timeout" in service.journal("--unit=ksmd")
-    assert merged(pair)
-    assert guarded(pair)
-    assert knows_what_is_merged(service)
 
 
 # -- seccomp --------------------------------------------------------------------------------------
