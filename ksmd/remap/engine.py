@@ -54,7 +54,10 @@ def _nothing() -> None:
 
 
 class Engine:
-    """Owns the tracer process. One request at a time; a lost tracer is replaced at the next one."""
+    """Owns the tracer process. One request at a time; a lost tracer is replaced at the next one.
+
+    A tracer ends with the thread that started it.
+    """
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
@@ -83,6 +86,7 @@ class Engine:
         try:
             channel.receive(self._ours)
         except (channel.PeerGoneError, TimeoutError) as error:
+            self.close()  # what it says after all would pass for the answer to a request
             raise KernelFeatureError(
                 "the tracer process did not start", "run `ksmctl features` to see what is missing"
             ) from error

@@ -42,6 +42,8 @@ from ksmd.remap.wire import EXIT_STUB_LATE, EXIT_UNSTOPPABLE
 #: How long a stub may take, in seconds. Two orders above the longest window measured.
 _STUB_SECONDS: Final = 2.0
 
+_PR_SET_PDEATHSIG: Final = 1
+
 _Reply = tuple[dict[str, Any], bytes, list[int]]
 
 
@@ -199,6 +201,9 @@ def main(arguments: list[str]) -> int:
     signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - {signal.SIGALRM})
     signal.signal(signal.SIGALRM, _alarm)
     libc.set_name("ksmd-tracer")
+    # One that hangs (SIGSTOP, a frozen cgroup) when the daemon ends would keep its target stopped,
+    # and might carry out much later, for nobody, what it was asked for.
+    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     with contextlib.suppress(KsmdError):  # without CAP_SYS_RESOURCE: stubs survive our death
         risks.set_oom_score_adj(os.getpid(), -900)
     tracer = Tracer(end)
