@@ -16,6 +16,7 @@ that mapping while it allows the anonymous one, and code buffers are rewritten a
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -80,18 +81,23 @@ def refusal_of(vma: Vma, *, write_tracked_by_us: bool = False) -> Reason | None:
     A VMA whose VmFlags were not read is refused.
     """
     flags = vma.flags - {"uw"} if write_tracked_by_us else vma.flags
-    if (reason := _by_name(vma)) is not None:
+    return _refusal(vma.path, flags, vma.perms, bool(vma.inode) or vma.device != (0, 0))
+
+
+@functools.lru_cache(maxsize=1024)  # a program has few kinds of mappings, however many of them
+def _refusal(path: str, flags: frozenset[str], perms: str, has_file: bool) -> Reason | None:
+    if (reason := _by_name(path)) is not None:
         return reason
     for flag, reason in _REFUSED_FLAGS:
         if flag in flags:
             return reason
-    if vma.perms[3:] != "p":
+    if perms[3:] != "p":
         return Reason.SHARED_MAPPING
-    if vma.inode or vma.device != (0, 0) or not _anonymous_name(vma.path):
+    if has_file or not _anonymous_name(path):
         return Reason.FILE_BACKED
-    if vma.perms[:2] != "rw":
+    if perms[:2] != "rw":
         return Reason.NOT_WRITABLE
-    if "x" in vma.perms or not flags <= HARMLESS_FLAGS.keys() or not {"rd", "wr"} <= flags:
+    if "x" in perms or not flags <= HARMLESS_FLAGS.keys() or not {"rd", "wr"} <= flags:
         return Reason.OTHER_FLAGS
     return None
 
@@ -111,7 +117,7 @@ def areas(
     regions: Regions,
     *,
     also: Sequence[tuple[int, int]] = (),
-    write_tracked_by_us: Callable[[Vma], bool] = lambda _vma: False,
+    write_tracked_by_us: Callable[[Vma], bool] | None = None,
     merged_by_us: Callable[[Vma], bool] = lambda _vma: False,
 ) -> tuple[list[Area], list[RefusedRange]]:
     """Cut *regions* out of *vmas* (ascending, as in maps): what may be scanned, and what not.
@@ -130,7 +136,8 @@ def areas(
         if vma is None:
             refused.append(RefusedRange(Reason.NOT_MAPPED, start, npages, None))
         elif not merged_by_us(vma):
-            reason = refusal_of(vma, write_tracked_by_us=write_tracked_by_us(vma))
+            tracked = write_tracked_by_us is not None and write_tracked_by_us(vma)
+            reason = refusal_of(vma, write_tracked_by_us=tracked)
             if reason is None:
                 allowed.append(Area(start, end, vma))
             else:
@@ -142,9 +149,8 @@ def _anonymous_name(path: str) -> bool:
     return path in {"", "[heap]"} or path.startswith("[anon:")
 
 
-def _by_name(vma: Vma) -> Reason | None:
+def _by_name(path: str) -> Reason | None:
     """Refuse what its name gives away, before flags that say the same less clearly."""
-    path = vma.path
     if path.startswith("/secretmem"):
         return Reason.SECRET
     if path.startswith("/anon_hugepage"):

@@ -20,7 +20,7 @@ _EMPTY = 500.0
 _RUN = {Op.MERGE: 13.0, Op.ZERO: 2.0, Op.UNMERGE: 10.0, Op.REMERGE: 13.0}
 _PAGE = {Op.MERGE: 1.2, Op.ZERO: 0.6, Op.UNMERGE: 2.0, Op.REMERGE: 1.2}
 #: The part of the budget that is planned for: single windows take longer than their kind.
-_AIM = 0.7
+_AIM = 0.65
 #: A slow window counts for more than a fast one: too short costs time, too long breaks a promise.
 #: But not for much more, since one is slow for reasons that the next one does not have.
 _UP, _DOWN = 0.3, 0.15

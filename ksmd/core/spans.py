@@ -9,6 +9,7 @@ afterwards, in one search.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +27,7 @@ class Spans:
     """Disjoint page ranges [``starts``, ``ends``), ascending; uint64 page numbers."""
 
     def __init__(self, ranges: Iterable[tuple[int, int]]) -> None:
-        table = np.array(list(ranges), np.uint64).reshape(-1, 2)
+        table = np.fromiter(chain.from_iterable(ranges), np.uint64).reshape(-1, 2)
         self.starts: U64 = table[:, 0]
         self.ends: U64 = table[:, 1]
         if np.any(self.starts[1:] < self.ends[:-1]):

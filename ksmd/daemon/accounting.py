@@ -53,7 +53,7 @@ class Accounting:
             if target.slot not in self._targets.by_slot:
                 continue
             try:
-                self._targets.read_mappings(target)
+                self._targets.recall_mappings(target)
                 self._recount(target)
             except TargetGoneError:
                 self._targets.drop(target)

@@ -112,3 +112,9 @@ def _expected(
         cache.put(int(pages[at]), int(counts[at]), digest)
         digests[at] = np.frombuffer(digest, np.uint8)
     return digests
+
+
+def any_alone(target: Target, pages: NDArray[np.uint64]) -> bool:
+    """Whether one of *pages*, which begin runs, is all of its mapping."""
+    single = [a.start >> PAGE_SHIFT for a in target.areas if a.vma.end - a.vma.start == PAGE_SIZE]
+    return bool(single) and bool(np.isin(np.array(single, np.uint64), pages).any())

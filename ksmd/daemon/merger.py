@@ -28,7 +28,7 @@ from ksmd.core.windows import (
     windows_of,
     zero_records,
 )
-from ksmd.daemon.confirm import User, confirmed, without_lonely
+from ksmd.daemon.confirm import User, any_alone, confirmed, without_lonely
 from ksmd.daemon.hugepages import huge_blocks, split_cut
 from ksmd.daemon.journal import fields
 from ksmd.daemon.prepare import prepare
@@ -52,6 +52,9 @@ log = logging.getLogger(__name__)
 #: Refusals that have to do with the moment of the stop, and how often an asked window tries again.
 _MOMENTARY = frozenset({Reason.UNSTOPPABLE, Reason.NO_THREAD, Reason.STALE_STUB})
 _RETRIES = 3
+_PROCESSORS_OF_A_STOP = 2
+#: Seconds for which flags that were read with the same maps are good enough to merge by.
+_FRESH_SECS = 5.0
 
 
 @dataclass(slots=True)
@@ -165,22 +168,29 @@ class Merger:
         self._targets.plans_begun += 1
         self._targets.plans_under_way += 1
         try:
-            yield from self._look_again(domain, plan, result)
+            yield from self._look_again(domain, plan, asked, result)
             yield from self._merge_extents(domain, plan, asked, result)
             yield from self._drop_zeros(domain, plan, asked, result)
         finally:
             self._targets.plans_under_way -= 1
 
-    def _look_again(self, domain: Domain, plan: Plan, result: MergeResult) -> Iterator[MergeResult]:
+    def _look_again(
+        self, domain: Domain, plan: Plan, asked: Asked, result: MergeResult
+    ) -> Iterator[MergeResult]:
         """Read the maps of who takes part anew: now that the content of the pages is known.
 
         A program may have made a mapping afresh since the scan began, at the same address and with
-        flags that forbid merging. Those were given before there was content to be found.
+        flags that forbid merging. Those were given before there was content to be found. Where a
+        pass was asked for, smaps has been read at its beginning, and what may have changed since is
+        found out in the stop window; but not of mappings that have one page only.
         """
-        slots = np.union1d(plan.merges["target"], plan.zeros["target"])
         for target in self._of(domain):
-            if target.slot in slots:
-                self._targets.read_areas(target)
+            mine = [
+                part["page"][part["target"] == target.slot] for part in (plan.merges, plan.zeros)
+            ]
+            if len(pages := np.concatenate(mine)):
+                tried = _is_asked(target, asked) and not any_alone(target, pages)
+                self._targets.read_areas(target, max_age=_FRESH_SECS if tried else 0.0)
                 yield result
 
     def _merge_extents(
@@ -221,8 +231,12 @@ class Merger:
                 self._ahead = None
 
     def _meanwhile(self) -> None:
-        """While a window is at work: go on with the next extent."""
-        if self._ahead is not None:
+        """While a window is at work: go on with the next extent, if a processor is free for that.
+
+        The tracer needs one, and the threads that are to stop another: with two in all a stop would
+        wait for us now and then, and take several milliseconds more.
+        """
+        if self._ahead is not None and len(os.sched_getaffinity(0)) > _PROCESSORS_OF_A_STOP:
             self._ahead.step()
 
     def _drop_zeros(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -89,8 +90,9 @@ class Target:
     zero_pages: int = 0
     anonymous: int = 0  # pages that are no file's, at the last count
     vmas: int = 0
-    known_maps: int = 0  # procfs.maps_hash when the areas were read last
-    reread_at: float = 0.0  # when they are to be read anew even so
+    known_areas: int = 0  # what maps was when the areas were read last
+    known_mappings: int = 0  # and when what is merged was
+    flags_read: float = -math.inf  # monotonic seconds
     huge: bool = False  # it had huge pages, when that was looked at last
     handles_faults: bool = False  # by a userfaultfd of its own, when its maps were read last
     mappings: list[Mapping] = field(default_factory=list)

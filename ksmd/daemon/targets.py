@@ -8,6 +8,7 @@ when a read or a window finds it gone.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import time
 from collections import Counter
@@ -99,7 +100,7 @@ class Targets:
     def refreshing(self, *, if_changed: bool = False) -> Iterator[None]:
         """Do as :meth:`refresh`, yielding after each target: maps may be long.
 
-        *if_changed*: as for :meth:`read_areas`.
+        *if_changed*: flags may be a minute old. That is enough to scan by, not to merge by.
         """
         wanted, self.refusals = self._wanted()
         self._seen = frozenset(wanted)
@@ -116,7 +117,7 @@ class Targets:
             else:
                 self._add(selected)
         for target in self:
-            self.read_areas(target, if_changed=if_changed)
+            self.read_areas(target, max_age=_REREAD_SECS if if_changed else 0.0)
             yield
 
     def _wanted(self) -> tuple[dict[TargetId, Selected], list[Refusal]]:
@@ -201,7 +202,7 @@ class Targets:
             self.tables(target).forget(target.slot)
             self._domain(selected.domain)
         if (selected.regions, selected.also) != (target.selected.regions, target.selected.also):
-            target.reread_at = 0.0
+            target.flags_read = -math.inf
         target.selected = selected
 
     def _domain(self, name: str) -> Domain:
@@ -293,45 +294,62 @@ class Targets:
 
         *flags*: with VmFlags, which takes the kernel some milliseconds for a GiB.
         """
-        extents = self.extents_by_inode()
+        ours = self._ours()
         read = procfs.smaps if flags else procfs.maps
         vmas = read(target.pid, target.memory.tid)
         target.vmas = len(vmas)
-        target.mappings = [
-            Mapping(vma, extents[vma.inode])
-            for vma in vmas
-            if vma.inode in extents and vma.path.startswith(STORE_PATH)
-        ]
+        target.mappings = _mappings(vmas, ours)
 
-    def read_areas(self, target: Target, *, if_changed: bool = False) -> None:
+    def recall_mappings(self, target: Target) -> None:
+        """Do the same, unless maps is as it was when it was read last."""
+        text = procfs.maps_text(target.pid, target.memory.tid)
+        known = self._known(text)
+        if known != target.known_mappings:
+            vmas = procfs.disjoint(procfs.parse_maps(text))
+            target.vmas, target.known_mappings = len(vmas), known
+            target.mappings = _mappings(vmas, self._ours())
+
+    def read_areas(self, target: Target, *, max_age: float = 0.0) -> None:
         """Read the target's maps: what may be scanned, what not, and what is merged.
 
-        *if_changed*: flags alone may be up to a minute old. That is enough to scan by, not to merge
-        by: they do not show in maps, and with them the kernel looks at every page.
+        Where maps is as it was, flags that are no older than *max_age*, in seconds, are taken to be
+        so, too: they do not show in maps, and with them the kernel looks at every page.
         """
-        extents = self.extents_by_inode()
-
-        def ours(vma: Vma) -> bool:
-            return vma.inode in extents and vma.path.startswith(STORE_PATH)
-
         now = time.monotonic()
         try:
-            known = procfs.maps_hash(target.pid)
-            if if_changed and known == target.known_maps and now < target.reread_at:
+            known = self._known(procfs.maps_text(target.pid))
+            if known == target.known_areas and now - target.flags_read < max_age:
                 target.memory.may_pin &= not self._may_wait(target)
                 return
             vmas = procfs.smaps(target.pid)
         except TargetGoneError:
             self.drop(target)
             return
-        target.known_maps, target.reread_at = known, now + _REREAD_SECS
-        target.vmas = len(vmas)
-        target.mappings = [Mapping(vma, extents[vma.inode]) for vma in vmas if ours(vma)]
+        ours = self._ours()
+        target.vmas, target.flags_read = len(vmas), now
+        target.known_areas = target.known_mappings = known
+        target.mappings = _mappings(vmas, ours)
         target.handles_faults = any(vma.flags & _FAULT_FLAGS and not ours(vma) for vma in vmas)
         target.memory.may_pin = not (target.handles_faults or self._may_wait(target))
         target.areas, target.refused_ranges = areas(
-            vmas, target.selected.regions, also=target.selected.also, merged_by_us=ours
-        )
+            vmas, target.selected.regions, also=target.selected.also,
+            merged_by_us=lambda vma: bool(vma.inode) and ours(vma) is not None,
+        )  # fmt: skip
+
+    def _known(self, maps: bytes) -> int:
+        """Give a number that all of maps goes into, and the extents that tell what is ours."""
+        return hash((maps, tuple(self.extents_by_inode())))
+
+    def _ours(self) -> Callable[[Vma], Extent | None]:
+        """Give what tells whether a mapping is ours, by the extent that it shows."""
+        extents = self.extents_by_inode()
+
+        def extent_of(vma: Vma) -> Extent | None:
+            if vma.inode not in extents or not vma.path.startswith(STORE_PATH):
+                return None
+            return extents[vma.inode]
+
+        return extent_of
 
     def _may_wait(self, target: Target) -> bool:
         """Whether a page that is absent might have to be waited for.
@@ -350,6 +368,10 @@ class Targets:
             if target.refused is not None:
                 counts[target.refused] += 1
         return counts
+
+
+def _mappings(vmas: Iterable[Vma], ours: Callable[[Vma], Extent | None]) -> list[Mapping]:
+    return [Mapping(vma, extent) for vma in vmas if vma.inode and (extent := ours(vma)) is not None]
 
 
 class PagerKeeper:

@@ -19,8 +19,8 @@ import functools
 import os
 import pwd
 import re
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from dataclasses import dataclass
+from operator import le
 from pathlib import Path
 
 from ksmd.model.errors import KsmdError, PrivilegeError, TargetGoneError
@@ -206,25 +206,17 @@ def _rows(pattern: re.Pattern[bytes], text: bytes) -> list[Vma] | None:
     vmas: list[Vma] = []
     at = 0
     for found in pattern.finditer(text):
-        if found.start() != at:
-            return None
-        at = found.end()
-        low, high, perms, offset, device, inode, path, *flags = found.groups()
+        before, at = at, found.end()
+        low, high, perms, offset, device, inode, path, *flags = found.groups(b"")
         start, end = int(low, 16), int(high, 16)
-        if start >= end:
+        if found.start() != before or start >= end:
             return None
         vmas.append(
             Vma(
-                start,
-                end,
-                _text(perms),
-                int(offset, 16),
-                _device(device),
-                int(inode),
-                _text(path or b""),
-                _flags(flags[0]) if flags else frozenset(),
+                start, end, _text(perms), int(offset, 16), _device(device), int(inode), _text(path),
+                _flags(*flags),
             )
-        )
+        )  # fmt: skip
     return vmas if at == len(text) else None
 
 
@@ -282,7 +274,7 @@ def _with_flags(vma: Vma, flags: bytes) -> Vma:
 
 
 @functools.lru_cache(maxsize=256)  # a host knows a few dozen sets of flags
-def _flags(words: bytes) -> frozenset[str]:
+def _flags(words: bytes = b"") -> frozenset[str]:
     return frozenset(os.fsdecode(word) for word in words.split())
 
 
@@ -428,12 +420,12 @@ def task_path(pid: int, name: str, tid: int | None = None) -> str:
 
 def maps(pid: int, tid: int | None = None) -> list[Vma]:
     """Read the mappings of *pid*, without flags, ascending. Empty for a kernel thread."""
-    return disjoint(parse_maps(read_file(task_path(pid, "maps", tid), f"process {pid}")))
+    return disjoint(parse_maps(maps_text(pid, tid)))
 
 
-def maps_hash(pid: int) -> int:
-    """Give a number that all of maps goes into: when it is another, something has changed."""
-    return hash(read_file(task_path(pid, "maps"), f"process {pid}"))
+def maps_text(pid: int, tid: int | None = None) -> bytes:
+    """Read maps as it is: what :func:`parse_maps` and :func:`disjoint` make :func:`maps` of."""
+    return read_file(task_path(pid, "maps", tid), f"process {pid}")
 
 
 def smaps(pid: int, tid: int | None = None) -> list[Vma]:
@@ -447,7 +439,8 @@ def disjoint(vmas: list[Vma]) -> list[Vma]:
     The kernel writes the file in pieces and lets the process run in between: a mapping that has
     grown down, or together with its neighbour, comes a second time, as a whole.
     """
-    if all(below.end <= above.start for below, above in pairwise(vmas)):
+    ends, starts = [vma.end for vma in vmas], [vma.start for vma in vmas]
+    if all(map(le, ends[:-1], starts[1:])):
         return vmas
     found: list[Vma] = []
     end = 0
@@ -455,7 +448,7 @@ def disjoint(vmas: list[Vma]) -> list[Vma]:
         if vma.end > end:
             ahead = max(0, end - vma.start)
             offset = vma.offset + ahead if vma.inode else vma.offset
-            found.append(replace(vma, start=vma.start + ahead, offset=offset))
+            found.append(vma._replace(start=vma.start + ahead, offset=offset))
             end = vma.end
     return found
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 
 from ksmd.core.eligibility import HARMLESS_FLAGS, RefusedRange, areas, detail_of, refusal_of
@@ -152,7 +150,7 @@ def test_anon_means_every_eligible_vma_and_refuses_the_rest_by_name() -> None:
 
 def test_heap_means_the_heap_alone_and_mentions_nothing_else() -> None:
     assert areas(VMAS, "heap") == ([whole(HEAP)], [])
-    locked = replace(HEAP, flags=flags("lo"))
+    locked = HEAP._replace(flags=flags("lo"))
     assert areas([locked, ANON], "heap") == (
         [],
         [RefusedRange(Reason.LOCKED, HEAP.start, 4, locked)],
@@ -186,7 +184,7 @@ def test_our_own_merged_mappings_are_neither_candidates_nor_refusals() -> None:
 
 
 def test_our_own_write_tracking_keeps_memory_eligible() -> None:
-    tracked = replace(ANON, flags=flags("uw"))
+    tracked = ANON._replace(flags=flags("uw"))
     assert areas([tracked], "anon")[0] == []
     assert areas([tracked], "anon", write_tracked_by_us=lambda _v: True) == ([whole(tracked)], [])
 
