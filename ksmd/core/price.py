@@ -24,10 +24,12 @@ _AIM = 0.65
 #: A slow window counts for more than a fast one: too short costs time, too long breaks a promise.
 #: But not for much more, since one is slow for reasons that the next one does not have.
 _UP, _DOWN = 0.3, 0.15
-#: What is learned stays within these, and a third of the budget is always the records': a target
-#: whose stops take long whatever they do would else be stopped without end.
+#: What is learned of records stays within these.
 _LEAST, _MOST = 0.2, 3.0
-_OWN_AT_MOST = 2 / 3
+#: The records' part is never less than this, for each microsecond of the window's own: a target
+#: whose stops take long whatever they do (tens of thousands of mappings) would else be stopped
+#: without end.
+_WORTH = 0.5
 #: Shorter windows say more about the machine's noise than about their records.
 _TELLING = 200.0
 
@@ -47,8 +49,7 @@ class WindowPrice:
 
     def room(self, stop_ms: float) -> float:
         """Give how much a window may hold so as to end within *stop_ms*. It may always hold one."""
-        planned = stop_ms * 1000 * _AIM
-        return (planned - min(self._own, planned * _OWN_AT_MOST)) / self._scale
+        return max(stop_ms * 1000 * _AIM - self._own, self._own * _WORTH) / self._scale
 
     def learn(self, records: NDArray[np.void], micros: float, at_work: float) -> None:
         """Take in a window with *records*: it took *micros* in all, *at_work* on the records."""

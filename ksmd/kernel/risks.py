@@ -15,10 +15,11 @@ import contextlib
 import errno
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ksmd.kernel import libc, procfs
+from ksmd.kernel.vmaquery import VmaQuery
 from ksmd.model.errors import KernelFeatureError, KsmdError, PrivilegeError, TargetGoneError
 from ksmd.model.vma import Vma
 
@@ -47,13 +48,15 @@ _EM_X86_64 = 62
 # ---------------------------------------------------------------- memory that others write
 
 
-def _mapping_risks(vmas: list[Vma]) -> list[str]:
-    risks = []
-    if any(vma.path.startswith("/[aio]") for vma in vmas):
-        risks.append("has a context of Linux AIO ([aio]): reads may be in flight")
-    if any(vma.path.startswith("socket:[") and vma.offset >= _XDP_RINGS for vma in vmas):
-        risks.append("has an AF_XDP socket: the network writes to its memory")
-    return risks
+def _mapping_risks(vmas: Iterable[Vma]) -> list[str]:
+    """Look for rings, which are shared mappings: what the program writes there others must see."""
+    found: dict[str, None] = {}
+    for vma in vmas:
+        if vma.path.startswith("/[aio]"):
+            found["has a context of Linux AIO ([aio]): reads may be in flight"] = None
+        elif vma.path.startswith("socket:[") and vma.offset >= _XDP_RINGS:
+            found["has an AF_XDP socket: the network writes to its memory"] = None
+    return list(found)
 
 
 def _ring_risk(pid: int, fd: str) -> str | None:
@@ -109,12 +112,12 @@ def pin_risks(pid: int) -> list[str]:
     Looks at pinned memory (VmPin), the rings of Linux AIO and AF_XDP, io_uring's registered
     buffers, and the devices vfio, RDMA, vhost and udmabuf. Empty when there is no sign.
     """
-    pinned = procfs.status_fields(pid, procfs.live_tid(pid)).get("VmPin", "0 kB")
+    tid = procfs.live_tid(pid)
+    pinned = procfs.status_fields(pid, tid).get("VmPin", "0 kB")
     risks = [] if pinned.split()[:1] == ["0"] else [f"has pinned memory (VmPin: {pinned})"]
-    with contextlib.suppress(PrivilegeError):
-        maps = procfs.read_file(procfs.task_path(pid, "maps"), f"process {pid}")
-        if b"/[aio]" in maps or b"socket:[" in maps:  # parsing takes milliseconds: only then
-            risks += _mapping_risks(procfs.parse_maps(maps))
+    # it may stand still: all of maps would take too long to read
+    with contextlib.suppress(PrivilegeError), VmaQuery(pid, tid) as query:
+        risks += _mapping_risks(query.shared_files())
     return risks + _fd_risks(pid)
 
 

@@ -6,11 +6,13 @@ is missing, the whole of maps is read once per :class:`VmaQuery` and searched.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import os
 import struct
 from bisect import bisect_right
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Final
 
@@ -22,6 +24,13 @@ _QUERY: Final = struct.Struct("=9Q4I2Q")
 _PROCMAP_QUERY: Final = 3 << 30 | _QUERY.size << 16 | ord("f") << 8 | 17
 _PERMS: Final = ((1, "r"), (2, "w"), (4, "x"))
 _SHARED: Final = 8
+_OR_NEXT: Final = 0x10
+_FILE_BACKED: Final = 0x20
+_PATH_SIZE: Final = 4096
+
+
+class _NoQueryError(Exception):
+    """The kernel does not have the ioctl."""
 
 
 class VmaQuery:
@@ -61,20 +70,48 @@ class VmaQuery:
         self._last = self._search(address) if self._all is not None else self._ask(address)
         return self._last
 
+    def shared_files(self) -> Iterator[Vma]:
+        """Give the shared mappings of files, with path: the kernel passes over all others."""
+        address = 0
+        while self._all is None:
+            try:
+                vma = self._query(address, _OR_NEXT | _FILE_BACKED | _SHARED, path=True)
+            except _NoQueryError:
+                self._search(0)
+                break
+            if vma is None:
+                return
+            yield vma
+            address = vma.end
+        for vma in self._all or ():
+            if vma.end > address and vma.perms[3:] == "s" and vma.inode:
+                yield vma
+
     def _ask(self, address: int) -> Vma | None:
-        query = bytearray(_QUERY.pack(_QUERY.size, 0, address, *([0] * 12)))
+        try:
+            return self._query(address)
+        except _NoQueryError:
+            return self._search(address)
+
+    def _query(self, address: int, flags: int = 0, *, path: bool = False) -> Vma | None:
+        name = ctypes.create_string_buffer(_PATH_SIZE) if path else None
+        size, at = (_PATH_SIZE, ctypes.addressof(name)) if name is not None else (0, 0)
+        query = bytearray(
+            _QUERY.pack(_QUERY.size, flags, address, *([0] * 6), 0, 0, size, 0, at, 0)
+        )
         try:
             fcntl.ioctl(self._fd, _PROCMAP_QUERY, query)
         except OSError as error:
             if error.errno == errno.ENOENT:
                 return None
             if error.errno in (errno.ENOTTY, errno.EINVAL):
-                return self._search(address)
+                raise _NoQueryError from error
             raise procfs.translate(error, f"process {self._pid}") from error
-        _, _, _, start, end, flags, _, offset, inode, major, minor, *_ = _QUERY.unpack(query)
-        perms = "".join(letter if flags & bit else "-" for bit, letter in _PERMS)
-        perms += "s" if flags & _SHARED else "p"
-        return Vma(start, end, perms, offset, (major, minor), inode, "")
+        _, _, _, start, end, found, _, offset, inode, major, minor, *_ = _QUERY.unpack(query)
+        perms = "".join(letter if found & bit else "-" for bit, letter in _PERMS)
+        perms += "s" if found & _SHARED else "p"
+        text = os.fsdecode(name.value) if name is not None else ""
+        return Vma(start, end, perms, offset, (major, minor), inode, text)
 
     def _search(self, address: int) -> Vma | None:
         if self._all is None:
