@@ -8,6 +8,7 @@ and a daemon that starts over merged processes counts right at once.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
@@ -30,6 +31,8 @@ log = logging.getLogger(__name__)
 #: A CoW storm: this many merged pages, and one in so many, were written between two counts.
 _STORM_PAGES = 256
 _STORM_SHARE = 4
+#: Seconds for which a target that was the same twice is not counted again: at first, and at most.
+_SHORT_REST, _LONG_REST = 1.0, 8.0
 
 
 class Accounting:
@@ -43,14 +46,21 @@ class Accounting:
         #: Whether extents without a user had to be kept, and another count should try again.
         self.owes_memory = False
 
-    def recount(self, targets: Iterable[Target] | None = None) -> Iterator[None]:
+    def recount(
+        self, targets: Iterable[Target] | None = None, *, resting: bool = False
+    ) -> Iterator[None]:
         """Look at every target, yielding after each; or at *targets*, where only they can differ.
 
-        What the others hold is taken from the last time then.
+        What the others hold is taken from the last time then. *resting*: so is what of late was the
+        same each time, for some seconds, unless maps has changed or a window was opened.
         """
         quiet, begun = not self._targets.plans_under_way, self._targets.plans_begun
+        rested = False
         for target in self._targets if targets is None else targets:
             if target.slot not in self._targets.by_slot:
+                continue
+            if resting and time.monotonic() < target.recount_at:
+                rested = True
                 continue
             try:
                 self._targets.recall_mappings(target)
@@ -59,10 +69,17 @@ class Accounting:
                 self._targets.drop(target)
             yield
         self.sharing = count_sharing({t.slot: t.sites for t in self._targets})
-        if targets is None and quiet and begun == self._targets.plans_begun:
+        if targets is None and not rested and quiet and begun == self._targets.plans_begun:
             self._release_unused()
 
     def _recount(self, target: Target) -> None:
+        before = target.merged_pages, target.broken, target.zero_pages
+        self._count(target)
+        same = before == (target.merged_pages, target.broken, target.zero_pages)
+        target.rest_secs = min(target.rest_secs * 2 or _SHORT_REST, _LONG_REST) if same else 0.0
+        target.recount_at = time.monotonic() + target.rest_secs
+
+    def _count(self, target: Target) -> None:
         target.sites, broken = _sites(target.pagemap, target.mappings)
         newly = max(0, broken - target.broken)
         target.cow_breaks += newly
@@ -85,8 +102,7 @@ class Accounting:
             for start, end in _groups(target.zeros)
         ]
         target.zeros = np.setdiff1d(target.zeros, np.concatenate(written), assume_unique=True)
-        areas = sorted((area.start >> PAGE_SHIFT, area.end >> PAGE_SHIFT) for area in target.areas)
-        return int(np.count_nonzero(Spans(areas).find(target.zeros)[1]))
+        return int(np.count_nonzero(target.spans.find(target.zeros)[1]))
 
     def _release_unused(self) -> None:
         """An extent goes when no target maps it; children that fork made may map any of them.

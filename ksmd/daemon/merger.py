@@ -394,7 +394,7 @@ class Merger:
         if done.lost:  # a stub that is at work may have guarded what is read next
             target.memory.may_pin = False
         now = time.monotonic()
-        target.last_window = now
+        target.last_window, target.recount_at = now, 0.0
         if done.refused is Reason.GONE:
             self._targets.drop(target)
         elif done.refused is not None:

@@ -124,15 +124,15 @@ class Pipeline:
             else:
                 yield 0.0
         self.merger.settle_left_over()
-        yield from self._recount()
+        yield from self._recount(resting=not asked)
         before = merge.windows
         for step in self.merging.holding(self.remerger.remerge_pass(asked, merge)):
             yield step if isinstance(step, float) else 0.0
         if merge.windows != before:
             yield from self._recount()
 
-    def _recount(self) -> Iterator[float]:
-        for _ in self.accounting.recount():
+    def _recount(self, *, resting: bool = False) -> Iterator[float]:
+        for _ in self.accounting.recount(resting=resting):
             yield 0.0
 
     def asked_scan(self, until_settled: bool) -> Iterator[float | AskedResult]:

@@ -10,12 +10,11 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import groupby
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ksmd.core.cursor import Cursor, Piece
+from ksmd.core.cursor import Piece
 from ksmd.core.spans import Spans
 from ksmd.daemon.state import Domain, Target
 from ksmd.daemon.targets import Targets
@@ -48,7 +47,6 @@ class Scanner:
 
     def __init__(self, targets: Targets) -> None:
         self._targets = targets
-        self.cursor = Cursor()
         self._seqnr = 0
         self._began = time.monotonic()
 
@@ -75,19 +73,12 @@ class Scanner:
         the same checksum. Else blocks in which nothing has changed since they were looked at last
         rest: for seconds at first, for minutes in the end.
         """
-        self._seqnr += 1  # not the cursor's: a scan that was given up has used a number too
+        self._seqnr += 1  # a scan that was given up has used a number too
         seqnr = self._seqnr
-        self.cursor.begin({target.slot: target.areas for target in self._targets})
         budget = pages_to_scan
-        pieces = iter(lambda: self.cursor.next_piece(_PIECE_BYTES), None)
-        for slot, group in groupby(pieces, lambda piece: piece.slot):
-            areas = Spans((piece.start >> PAGE_SHIFT, piece.end >> PAGE_SHIFT) for piece in group)
+        for slot, areas in [(target.slot, target.spans) for target in self._targets]:
             for at, end in self._ranges(slot, areas, seqnr, result, eager):
-                while at < end:
-                    target = self._targets.by_slot.get(slot)
-                    if target is None:
-                        self.cursor.forget(slot)
-                        break
+                while at < end and (target := self._targets.by_slot.get(slot)) is not None:
                     before = result.scanned
                     at = self._step(  # noqa: PLW2901
                         target, areas, (at, end), budget, seqnr, result, eager
@@ -146,7 +137,6 @@ class Scanner:
         except TargetGoneError:
             result.gone += 1
             self._targets.drop(target)
-            self.cursor.forget(target.slot)
             return end
         walk_end = max(present.walk_end >> PAGE_SHIFT, at + 1)
         seen = domain.tables.observe(

@@ -16,6 +16,7 @@ from ksmd.core.eligibility import RefusedRange
 from ksmd.core.ledger import StopTimes
 from ksmd.core.price import WindowPrice, all_prices
 from ksmd.core.selection import Selected
+from ksmd.core.spans import Spans
 from ksmd.core.tables import PageTables
 from ksmd.kernel.iouring import PinRing
 from ksmd.kernel.memory import Memory
@@ -75,6 +76,7 @@ class Target:
     memory: Memory
     pagemap: PageMap
     areas: list[Area] = field(default_factory=list)
+    spans: Spans = field(default_factory=lambda: Spans(()))  # the areas' pages
     refused_ranges: list[RefusedRange] = field(default_factory=list)
     contexts: TargetContexts | None = None
     refused: Reason | None = None
@@ -88,6 +90,8 @@ class Target:
     zeros: NDArray[np.uint64] = field(default_factory=lambda: np.empty(0, np.uint64))
     emptied: list[NDArray[np.uint64]] = field(default_factory=list)
     zero_pages: int = 0
+    recount_at: float = 0.0  # monotonic seconds; 0: something has changed
+    rest_secs: float = 0.0
     anonymous: int = 0  # pages that are no file's, at the last count
     vmas: int = 0
     known_areas: int = 0  # what maps was when the areas were read last
@@ -173,4 +177,5 @@ class Domain:
     @property
     def table_bytes(self) -> int:
         """Bytes of page hash, rmap and digest tables."""
-        return self.tables.nbytes + len(self.sha1_cache) * _DIGEST_ENTRY
+        digests = len(self.sha1_cache) * _DIGEST_ENTRY
+        return self.tables.nbytes + digests + self.store.nbytes

@@ -17,6 +17,7 @@ from dataclasses import replace
 
 from ksmd.core.eligibility import areas
 from ksmd.core.selection import Selected, select, united
+from ksmd.core.spans import Spans
 from ksmd.core.tables import PageTables
 from ksmd.daemon.bequest import ExtentLabel
 from ksmd.daemon.state import Domain, Mapping, Target, Tell
@@ -326,6 +327,7 @@ class Targets:
             self.drop(target)
             return
         ours = self._ours()
+        target.recount_at = 0.0 if known != target.known_areas else target.recount_at
         target.vmas, target.flags_read = len(vmas), now
         target.known_areas = target.known_mappings = known
         target.mappings = _mappings(vmas, ours)
@@ -335,6 +337,7 @@ class Targets:
             vmas, target.selected.regions, also=target.selected.also,
             merged_by_us=lambda vma: bool(vma.inode) and ours(vma) is not None,
         )  # fmt: skip
+        target.spans = Spans((a.start >> PAGE_SHIFT, a.end >> PAGE_SHIFT) for a in target.areas)
 
     def _known(self, maps: bytes) -> int:
         """Give a number that all of maps goes into, and the extents that tell what is ours."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -118,11 +118,18 @@ class Store:
     ring: PinRing
     keeper: Keeper
     extents: dict[int, Extent] = field(default_factory=dict)
+    _pages: tuple[Any, NDArray[np.uint32], NDArray[np.uint64]] | None = None
 
     @property
     def npages(self) -> int:
         """Pages of all extents."""
         return sum(extent.npages for extent in self.extents.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what is known of the pages, besides the pages themselves."""
+        known = sum(e.checksums.nbytes + e.good.nbytes for e in self.extents.values())
+        return known + sum(column.nbytes for column in (self._pages or ())[1:])
 
     def by_inode(self) -> dict[int, Extent]:
         """Extents by the inode that maps shows."""
@@ -195,7 +202,16 @@ class Store:
         memfd.release(extent.map)
 
     def pages(self) -> tuple[NDArray[np.uint32], NDArray[np.uint64]]:
-        """Give checksums, ascending, and store pages of everything that may be shared further."""
+        """Give checksums, ascending, and store pages of everything that may be shared further.
+
+        Made anew where extents have come, gone, or been judged since.
+        """
+        known = tuple((n, int(np.count_nonzero(e.good))) for n, e in self.extents.items())
+        if self._pages is None or self._pages[0] != known:
+            self._pages = known, *self._sorted_pages()
+        return self._pages[1:]
+
+    def _sorted_pages(self) -> tuple[NDArray[np.uint32], NDArray[np.uint64]]:
         sums = [extent.checksums[extent.good] for extent in self.extents.values()]
         numbers = [
             (np.uint64(extent.number) << np.uint64(32))
