@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from ksmd.bench import growth, machine, plot, share, table
+from ksmd.bench import growth, machine, plot, promise, share, table
 from ksmd.bench.compete import compete, contenders
 from ksmd.bench.options import Options, parse
 from ksmd.bench.summary import of_outcome
@@ -30,6 +30,8 @@ def run(options: Options) -> int:
         return run_share(options)
     if options.growth:
         return run_growth(options)
+    if options.promises:
+        return run_promises(options)
     who, missing = contenders(options)
     if missing:
         complain(PROG, missing)
@@ -82,6 +84,22 @@ def run_growth(options: Options) -> int:
         out.print(title)
         out.print(made)
         out.print()
+    out.print(machine.line(found))
+    return 0
+
+
+def run_promises(options: Options) -> int:
+    """Measure whether the CPU budget holds."""
+    found = machine.describe()
+    kept = promise.measure(options, progress)
+    if options.json:
+        print_json({"machine": found, "cpu_percent": promise.as_dict(kept)})
+        return 0
+    out = console()
+    title, made = promise.show(kept)
+    out.print(title)
+    out.print(made)
+    out.print()
     out.print(machine.line(found))
     return 0
 

@@ -13,6 +13,8 @@ from ksmd.model.errors import UsageError
 
 #: What --share measures unless told otherwise.
 SIZES = (1, 64, 1024)
+#: And --cpu-percent.
+PROMISES = (5, 20, 50)
 
 DESCRIPTION = """\
 Merge the same memory with ksmd and with kernel KSM, in turns, and compare: time, CPU, memory saved
@@ -25,7 +27,8 @@ class Options:
     """``mib``: memory of each of the ``victims``; ``rounds``: runs of each contender.
 
     ``share``: MiB of which only it is measured how long it takes to share them at once. ``growth``:
-    only what a page costs is measured, as memory and victims grow.
+    only what a page costs is measured, as memory and victims grow. ``promises``: only whether that
+    many percent of one core are kept to.
     """
 
     workloads: tuple[Workload, ...]
@@ -38,6 +41,7 @@ class Options:
     plot: Path | None
     share: tuple[int, ...] = ()
     growth: bool = False
+    promises: tuple[int, ...] = ()
 
     @property
     def pages(self) -> int:
@@ -111,6 +115,16 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="measure instead what a page costs as memory and the number of victims grow",
     )
+    made.add_argument(
+        "--cpu-percent",
+        type=_sizes,
+        nargs="?",
+        const=PROMISES,
+        default=(),
+        metavar="N,N",
+        help="measure instead whether scan.cpu_percent keeps all our processes to so many percent"
+        f" of one core (default {','.join(map(str, PROMISES))})",
+    )
     return made
 
 
@@ -130,4 +144,5 @@ def parse(argv: Sequence[str] | None) -> Options:
         plot=args.plot,
         share=args.share,
         growth=args.growth,
+        promises=args.cpu_percent,
     )

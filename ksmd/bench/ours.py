@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -38,15 +38,15 @@ _BATCH = 1_000_000
 COMMAND = (sys.executable, "-P", "-m", "ksmd.cli.ksmd")
 
 
-def settings(victims: Sequence[Victim]) -> dict[str, Any]:
-    """Give the settings of a daemon that works flat out on the victims' ranges."""
+#: Scan settings of a daemon that works flat out.
+FLAT_OUT = {"pages_to_scan": _BATCH, "sleep_millisecs": 0, "max_pages_to_merge": _BATCH}
+
+
+def settings(victims: Sequence[Victim], scan: Mapping[str, int]) -> dict[str, Any]:
+    """Give the settings of a daemon that works on the victims' ranges."""
     return {
         "version": 1,
-        "scan": {
-            "pages_to_scan": _BATCH,
-            "sleep_millisecs": 0,
-            "max_pages_to_merge": _BATCH,
-        },
+        "scan": dict(scan),
         "targets": [
             {
                 "name": f"victim-{victim.pid}",
@@ -64,8 +64,14 @@ class Ksmd:
 
     name = OURS
 
-    def __init__(self, victims: Sequence[Victim], command: Sequence[str] = COMMAND) -> None:
+    def __init__(
+        self,
+        victims: Sequence[Victim],
+        command: Sequence[str] = COMMAND,
+        scan: Mapping[str, int] = FLAT_OUT,
+    ) -> None:
         self._victims = victims
+        self._scan = scan
         self._pids = pids_of(victims)
         self._command = list(command)
         self._directory = tempfile.TemporaryDirectory(prefix="ksmd-bench-")
@@ -110,7 +116,7 @@ class Ksmd:
             )
         self._await_ready()
         self._call("Pause")
-        self._configure(settings(self._victims))
+        self._configure(settings(self._victims, self._scan))
         self._call("Reload")
         self._before = census.anonymous_pages(self._pids)
 
@@ -182,6 +188,10 @@ class Ksmd:
         self._thread = threading.Thread(target=wait, daemon=True)
         self._thread.start()
 
+    def go(self) -> None:
+        """Let it scan by itself."""
+        self._call("Resume")
+
     def settled(self) -> bool:
         """Whether the scan has been answered."""
         assert self._thread is not None
@@ -214,7 +224,7 @@ class Ksmd:
 
     def _own_pass(self) -> None:
         scans, deadline = self._call("Status")["full_scans"], time.monotonic() + _PASS_SECONDS
-        self._call("Resume")
+        self.go()
         try:
             while self._call("Status")["full_scans"] == scans:
                 if time.monotonic() > deadline:

@@ -94,6 +94,21 @@ def test_how_long_sharing_at_once_takes_is_told_for_each_size() -> None:
     assert shown.count("100.0%") == 2
 
 
+def test_the_cpu_budget_is_tried_on_a_daemon_that_has_work() -> None:
+    done = subprocess.run(
+        [*BENCH, *TINY, "--cpu-percent", "20"],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    (kept,) = json.loads(done.stdout)["cpu_percent"]
+    assert kept["percent"] == 20
+    assert 0 < kept["mean"] <= kept["most"]
+    assert kept["saved_mib"] > 0
+
+
 def test_both_sides_are_measured_and_the_settings_of_ksm_come_back() -> None:
     if why := theirs.unusable():
         pytest.skip(why)

@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 
-from ksmd.bench import growth, table
+from ksmd.bench import growth, promise, table
 from ksmd.bench.census import possible
 from ksmd.bench.clocks import ended_children
 from ksmd.bench.compete import Outcome
@@ -16,7 +16,7 @@ from ksmd.bench.contender import OURS, THEIRS
 from ksmd.bench.growth import Grown
 from ksmd.bench.model import Costs, Point, Run, mark
 from ksmd.bench.options import parse
-from ksmd.bench.ours import settings
+from ksmd.bench.ours import FLAT_OUT, settings
 from ksmd.bench.share import Latency
 from ksmd.bench.share import show as show_latencies
 from ksmd.bench.summary import middle, of_outcome, pause_numbers, percentile, ratio
@@ -150,7 +150,7 @@ def test_the_daemon_is_given_settings_that_it_accepts() -> None:
         pid = 4711
         ranges = parse_ranges("0x7f0000000000:16")
 
-    given = settings([One()])  # type: ignore[list-item]
+    given = settings([One()], FLAT_OUT)  # type: ignore[list-item]
     found = Settings.model_validate(given)
     assert found.scan.sleep_millisecs == 0
     assert found.targets[0].match.pid == (4711,)
@@ -192,6 +192,25 @@ def test_the_table_of_latencies_has_a_line_for_each_size() -> None:
     lines = [line.split() for line in out.file.getvalue().splitlines()]
     assert lines[1] == ["1", "20.0", "30.0", "10.0", "30.0", "50", "100.0%"]
     assert lines[2] == ["1024", "4000.0", "4000.0", "4000.0", "4000.0", "256", "50.0%"]
+
+
+def test_the_busiest_stretch_is_found_wherever_it_lies() -> None:
+    rates = [0.0] * 50 + [0.5] * 100 + [0.1] * 100  # of one core, in steps of 0.1 s
+    samples, used = [(100.0, 7.0)], 7.0
+    for number, rate in enumerate(rates, 1):
+        used += rate * 0.1
+        samples.append((100.0 + number * 0.1, used))
+    assert promise.most_over(samples, 10) == pytest.approx(50, abs=0.6)
+    assert promise.most_over(samples, 25) == pytest.approx(24, abs=0.3)
+    assert promise.most_over(samples, 5) == pytest.approx(50, abs=0.1)
+    assert promise.most_over(samples[:20], 10) == 0
+
+
+def test_a_promise_is_shown_beside_what_was_used() -> None:
+    title, made = promise.show([promise.Kept(20, 18.4, 9.5, 84.0)])
+    assert "cpu_percent" in title
+    (row,) = zip(*(column.cells for column in made.columns), strict=True)
+    assert row == ("20", "18.40", "0.92", "9.50", "84")
 
 
 def test_growth_compares_every_size_with_the_first() -> None:
