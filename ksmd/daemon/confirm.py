@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ksmd.core.digest import DIGEST_SIZE, HEAD_SIZE, sampled
+from ksmd.core.spans import Spans
 from ksmd.core.windows import Records, pages_of
 from ksmd.daemon.state import Domain, Target
 from ksmd.model.refusal import Reason
@@ -114,7 +115,20 @@ def _expected(
     return digests
 
 
-def any_alone(target: Target, pages: NDArray[np.uint64]) -> bool:
-    """Whether one of *pages*, which begin runs, is all of its mapping."""
+def any_alone(target: Target, runs: NDArray[np.void]) -> bool:
+    """Whether any of a target's *runs* (dtype RUN) is, or holds, a mapping of one page.
+
+    A run of one page may be one by the time of its window: what is around it has been merged then.
+    """
+    if not len(runs):
+        return False
+    if int(runs["npages"].min()) == 1:
+        return True
     single = [a.start >> PAGE_SHIFT for a in target.areas if a.vma.end - a.vma.start == PAGE_SIZE]
-    return bool(single) and bool(np.isin(np.array(single, np.uint64), pages).any())
+    held = Spans(sorted(zip(runs["page"].tolist(), _ends(runs), strict=True)))
+    return bool(held.find(np.array(single, np.uint64))[1].any())
+
+
+def _ends(runs: NDArray[np.void]) -> list[int]:
+    ends: list[int] = (runs["page"] + runs["npages"]).tolist()
+    return ends

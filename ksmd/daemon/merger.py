@@ -185,11 +185,9 @@ class Merger:
         found out in the stop window; but not of mappings that have one page only.
         """
         for target in self._of(domain):
-            mine = [
-                part["page"][part["target"] == target.slot] for part in (plan.merges, plan.zeros)
-            ]
-            if len(pages := np.concatenate(mine)):
-                tried = _is_asked(target, asked) and not any_alone(target, pages)
+            runs = plan.merges[plan.merges["target"] == target.slot]
+            if len(runs) or np.any(plan.zeros["target"] == target.slot):
+                tried = _is_asked(target, asked) and not any_alone(target, runs)
                 self._targets.read_areas(target, max_age=_FRESH_SECS if tried else 0.0)
                 yield result
 
