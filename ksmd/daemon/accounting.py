@@ -1,4 +1,4 @@
-"""The truth about what is merged, asked of the kernel anew after every pass.
+"""The truth about what is merged, asked of the kernel anew after every pass (or every few seconds).
 
 No counter is kept by adding and subtracting: maps tells which VMAs show the store, pagemap which of
 their pages still do. So writes, drops, munmap, fork and exec of the targets need no bookkeeping,

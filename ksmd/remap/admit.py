@@ -38,6 +38,11 @@ def admit(session: Session, batch: Batch, extent_inode: int) -> tuple[dict[int, 
             at += 1
             continue
         end = bisect_left(batch.starts, vma.end, at)
+        reason = _objection(batch.op, vma, extent_inode)
+        if reason is not None:
+            dropped |= dict.fromkeys(range(at, end), reason)
+            at = end
+            continue
         number = 0
         if batch.op in _TRIED and vma.end - vma.start > PAGE_SIZE:
             trials.append(vma.start)
@@ -46,16 +51,12 @@ def admit(session: Session, batch: Batch, extent_inode: int) -> tuple[dict[int, 
             number = zeroed = zeroed + 1
         prot = sum(_PROT.get(letter, 0) for letter in vma.perms)
         batch.protect(at, end, prot, number)
-        reason = _objection(batch.op, vma, extent_inode)
-        if reason is not None:
-            dropped |= dict.fromkeys(range(at, end), reason)
-        elif batch.op in (Op.MERGE, Op.ZERO):
-            dropped |= _beyond(batch, at, end, vma)
-        else:
-            dropped |= _moved(batch, at, end, vma) | _beyond(batch, at, end, vma)
+        dropped |= _beyond(batch, at, end, vma)
+        if batch.op in (Op.UNMERGE, Op.REMERGE):
+            dropped |= _moved(batch, at, end, vma)
         at = end
     if batch.op in (Op.MERGE, Op.ZERO):
-        dropped |= _rseq(batch, session.rseq_pages()) | dropped  # what was said first stays
+        dropped = _rseq(batch, session.rseq_pages()) | dropped
     for index in dropped:
         batch.skip(index)
     return dropped, trials

@@ -187,8 +187,8 @@ class Engine:
     ) -> WindowResult:
         """Carry out one stop window. *store* is the extent's read-only descriptor.
 
-        Without *contexts* it can only unmerge, where nobody guards what is merged. *meanwhile* is
-        called while the tracer is at work, which does not wait for it.
+        Its records are of one kind. Without *contexts* it can only unmerge, where nobody guards
+        what is merged. *meanwhile* is called while the tracer is at work, which does not wait.
         """
         header = self._header("window", request.target, request.deadline_ms)
         header |= {"inode": request.extent_inode}
@@ -246,6 +246,8 @@ def _packed(records: NDArray[np.void]) -> tuple[NDArray[np.intp], NDArray[np.voi
     Each gets its place in the quarantine; where it is long, congruent with its own, so that huge
     pages are moved whole.
     """
+    if np.any(records["op"] != records["op"][:1]):
+        raise ValueError("the records of one window are of one kind")
     order = np.argsort(records["start"], kind="stable")
     mine = records[order]
     packed = np.zeros(len(mine), STUB_RECORD)
