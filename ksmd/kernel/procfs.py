@@ -308,6 +308,13 @@ def start_time(pid: int) -> int:
     return parse_stat(read_process(pid, "stat")).start_time
 
 
+def stack_start(pid: int, tid: int) -> int:
+    """Give an address in the main stack of *pid*, by its task *tid*; 0 where that is not shown."""
+    stat = read_file(f"/proc/{pid}/task/{tid}/stat", f"task {tid} of process {pid}")
+    fields = stat.rpartition(b")")[2].split()
+    return int(fields[25])  # the 28th with pid and comm
+
+
 def target_id(pid: int) -> TargetId:
     """Name the process that has *pid* now."""
     return TargetId(pid, start_time(pid))

@@ -117,7 +117,7 @@ def pin_risks(pid: int) -> list[str]:
     risks = [] if pinned.split()[:1] == ["0"] else [f"has pinned memory (VmPin: {pinned})"]
     # it may stand still: all of maps would take too long to read
     with contextlib.suppress(PrivilegeError), VmaQuery(pid, tid) as query:
-        risks += _mapping_risks(query.shared_files())
+        risks += _mapping_risks(query.files(shared=True))
     return risks + _fd_risks(pid)
 
 

@@ -23,6 +23,7 @@ from ksmd.model.vma import Vma
 _QUERY: Final = struct.Struct("=9Q4I2Q")
 _PROCMAP_QUERY: Final = 3 << 30 | _QUERY.size << 16 | ord("f") << 8 | 17
 _PERMS: Final = ((1, "r"), (2, "w"), (4, "x"))
+_EXECUTABLE: Final = 4
 _SHARED: Final = 8
 _OR_NEXT: Final = 0x10
 _FILE_BACKED: Final = 0x20
@@ -70,12 +71,16 @@ class VmaQuery:
         self._last = self._search(address) if self._all is not None else self._ask(address)
         return self._last
 
-    def shared_files(self) -> Iterator[Vma]:
-        """Give the shared mappings of files, with path: the kernel passes over all others."""
+    def files(self, *, shared: bool = False, executable: bool = False) -> Iterator[Vma]:
+        """Give the mappings of files, with path, only shared or executable ones where asked for.
+
+        The kernel passes over all others.
+        """
+        flags = _FILE_BACKED | (_SHARED if shared else 0) | (_EXECUTABLE if executable else 0)
         address = 0
         while self._all is None:
             try:
-                vma = self._query(address, _OR_NEXT | _FILE_BACKED | _SHARED, path=True)
+                vma = self._query(address, flags | _OR_NEXT, path=True)
             except _NoQueryError:
                 self._search(0)
                 break
@@ -84,7 +89,8 @@ class VmaQuery:
             yield vma
             address = vma.end
         for vma in self._all or ():
-            if vma.end > address and vma.perms[3:] == "s" and vma.inode:
+            wanted = vma.inode and "s" * shared in vma.perms and "x" * executable in vma.perms
+            if wanted and vma.end > address:
                 yield vma
 
     def _ask(self, address: int) -> Vma | None:

@@ -7,6 +7,8 @@ the same libc costs nothing.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from ksmd.kernel.memory import Memory
 from ksmd.kernel.vmaquery import VmaQuery
 from ksmd.model.vma import Vma
@@ -46,7 +48,7 @@ def _search(memory: Memory, start: int, length: int) -> tuple[int, int]:
     return syscall_ret, restorer
 
 
-def find(memory: Memory, vmas: list[Vma]) -> Gadgets | None:
+def find(memory: Memory, vmas: Iterable[Vma]) -> Gadgets | None:
     """Find both gadgets in the mappings of a target; None when one of them is missing."""
     syscall_ret = restorer = -1
     for vma in vmas:

@@ -46,7 +46,7 @@ def forget(pid: int) -> None:
 def find(memory: Memory, query: VmaQuery) -> tuple[Gadgets, Vma]:
     """Give the gadgets and the main stack: remembered from an earlier window, or searched.
 
-    Reading all of maps takes milliseconds where there are many mappings; asking for two does
+    Reading all of maps takes milliseconds where there are many mappings; asking for a few does
     not. What is remembered is checked, since execve changes all of it.
     """
     known = _remembered.get(memory.pid)
@@ -55,12 +55,11 @@ def find(memory: Memory, query: VmaQuery) -> tuple[Gadgets, Vma]:
         same = stack is not None and stack.end == known.stack_end and not stack.inode
         if same and stack and gadgets.still_there(memory, query, known.gadgets):
             return known.gadgets, stack
-    vmas = procfs.maps(memory.pid, memory.tid)
-    found = gadgets.find(memory, vmas)
+    found = gadgets.find(memory, query.files(executable=True))
     if found is None:
         raise RefusedError(Reason.NO_GADGET)
-    main = next((vma for vma in vmas if vma.path == "[stack]"), None)
-    if main is None:
+    main = query.covering(procfs.stack_start(memory.pid, memory.tid))
+    if main is None or main.inode:
         raise RefusedError(Reason.NO_ANCHOR, "no main stack")
     _remembered[memory.pid] = _Places(found, main.end)
     return found, main
