@@ -295,20 +295,23 @@ class Targets:
 
         *flags*: with VmFlags, which takes the kernel some milliseconds for a GiB.
         """
-        ours = self._ours()
         read = procfs.smaps if flags else procfs.maps
-        vmas = read(target.pid, target.memory.tid)
-        target.vmas = len(vmas)
-        target.mappings = _mappings(vmas, ours)
+        self._take_mappings(target, read(target.pid, target.memory.tid))
 
     def recall_mappings(self, target: Target) -> None:
         """Do the same, unless maps is as it was when it was read last."""
         text = procfs.maps_text(target.pid, target.memory.tid)
         known = self._known(text)
         if known != target.known_mappings:
-            vmas = procfs.disjoint(procfs.parse_maps(text))
-            target.vmas, target.known_mappings = len(vmas), known
-            target.mappings = _mappings(vmas, self._ours())
+            self._take_mappings(target, procfs.disjoint(procfs.parse_maps(text)), known)
+
+    def _take_mappings(self, target: Target, vmas: list[Vma], known: int = 0) -> None:
+        """Note what is merged; *known* is what maps was, 0 where it was not read for that."""
+        ours = self._ours()
+        target.vmas, target.known_mappings = len(vmas), known
+        target.mappings = [
+            Mapping(vma, extent) for vma in vmas if vma.inode and (extent := ours(vma)) is not None
+        ]
 
     def read_areas(self, target: Target, *, max_age: float = 0.0) -> None:
         """Read the target's maps: what may be scanned, what not, and what is merged.
@@ -328,9 +331,8 @@ class Targets:
             return
         ours = self._ours()
         target.recount_at = 0.0 if known != target.known_areas else target.recount_at
-        target.vmas, target.flags_read = len(vmas), now
-        target.known_areas = target.known_mappings = known
-        target.mappings = _mappings(vmas, ours)
+        target.flags_read, target.known_areas = now, known
+        self._take_mappings(target, vmas, known)
         target.handles_faults = any(vma.flags & _FAULT_FLAGS and not ours(vma) for vma in vmas)
         target.memory.may_pin = not (target.handles_faults or self._may_wait(target))
         target.areas, target.refused_ranges = areas(
@@ -371,10 +373,6 @@ class Targets:
             if target.refused is not None:
                 counts[target.refused] += 1
         return counts
-
-
-def _mappings(vmas: Iterable[Vma], ours: Callable[[Vma], Extent | None]) -> list[Mapping]:
-    return [Mapping(vma, extent) for vma in vmas if vma.inode and (extent := ours(vma)) is not None]
 
 
 class PagerKeeper:

@@ -136,3 +136,26 @@ def test_flags_are_read_again_in_time_to_merge_by_and_maps_whenever_they_change(
         one.ask(f"libc.munmap(ctypes.c_void_p({one.ready} + 8 * PAGE), PAGE)")
         list(refresh(if_changed=True))
         assert len(here.areas) == 2
+
+
+def test_what_is_merged_is_known_anew_when_maps_is_as_it_was_once_before(
+    pipeline: Pipeline,
+) -> None:
+    with Victim(SCRIPT) as one, Victim(SCRIPT) as other:
+        select(pipeline, one, other)
+        for _ in pipeline.scanner.full_scan(1 << 20, ScanResult(), eager=True):
+            pass
+        assert merge(pipeline).merged
+        targets = pipeline.targets
+        here = next(target for target in targets if target.pid == one.pid)
+        targets.recall_mappings(here)
+        before = [mapping.vma for mapping in here.mappings]
+        assert before
+        assert {vma.perms for vma in before} == {"rw-p"}
+        protect = f"libc.mprotect(ctypes.c_void_p({one.ready}), {NPAGES} * PAGE, %d)"
+        assert one.ask(protect % 1) == 0
+        targets.read_mappings(here)
+        assert {mapping.vma.perms for mapping in here.mappings} == {"r--p"}
+        assert one.ask(protect % 3) == 0
+        targets.recall_mappings(here)
+        assert [mapping.vma for mapping in here.mappings] == before
