@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from rich.table import Table
+
 from ksmd.bench import growth, machine, plot, promise, share, table
 from ksmd.bench.compete import compete, contenders
 from ksmd.bench.options import Options, parse
@@ -59,47 +61,39 @@ def run_share(options: Options) -> int:
     """Measure how long sharing at once takes."""
     found = machine.describe()
     latencies = share.latencies(options.share, options.rounds, progress)
-    if options.json:
-        results = [latency.as_dict() for latency in latencies]
-        print_json({"machine": found, "rounds": options.rounds, "share": results})
-        return 0
-    out = console()
-    title, made = share.show(latencies)
-    out.print(title)
-    out.print(made)
-    out.print()
-    out.print(machine.line(found))
-    return 0
+    told = {"rounds": options.rounds, "share": [latency.as_dict() for latency in latencies]}
+    return tell(options, found, told, [share.show(latencies)])
 
 
 def run_growth(options: Options) -> int:
     """Measure what a page costs as everything grows."""
     found = machine.describe()
     sizes = growth.measure(options, progress)
-    if options.json:
-        print_json({"machine": found, "growth": growth.as_dict(sizes)})
-        return 0
-    out = console()
-    for title, made in growth.tables(sizes):
-        out.print(title)
-        out.print(made)
-        out.print()
-    out.print(machine.line(found))
-    return 0
+    return tell(options, found, {"growth": growth.as_dict(sizes)}, growth.tables(sizes))
 
 
 def run_promises(options: Options) -> int:
     """Measure whether the CPU budget holds."""
     found = machine.describe()
     kept = promise.measure(options, progress)
+    return tell(options, found, {"cpu_percent": promise.as_dict(kept)}, [promise.show(kept)])
+
+
+def tell(
+    options: Options,
+    found: dict[str, Any],
+    told: dict[str, Any],
+    tables: Sequence[tuple[str, Table]],
+) -> int:
+    """Print what was measured on the machine *found*: *told* as JSON, or else *tables*."""
     if options.json:
-        print_json({"machine": found, "cpu_percent": promise.as_dict(kept)})
+        print_json({"machine": found} | told)
         return 0
     out = console()
-    title, made = promise.show(kept)
-    out.print(title)
-    out.print(made)
-    out.print()
+    for title, made in tables:
+        out.print(title)
+        out.print(made)
+        out.print()
     out.print(machine.line(found))
     return 0
 

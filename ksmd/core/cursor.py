@@ -36,7 +36,6 @@ class Cursor:
         self._waiting: list[int] = []  # slots still to come in this scan, the next one last
         self._slot: int | None = None
         self._address = 0
-        self._at = 0  # which of the slot's areas came last
         self._under_way = False
 
     def begin(self, areas_by_slot: Mapping[int, Iterable[Area]]) -> None:
@@ -103,16 +102,8 @@ class Cursor:
     def _area_ahead(self) -> Area | None:
         """Find the area of the current slot that holds the address or is the next after it."""
         areas = self._areas.get(self._slot, []) if self._slot is not None else []
-        for at in (self._at, self._at + 1):  # most often it is the same one, or the next
-            if (
-                at < len(areas)
-                and (at == 0 or areas[at - 1].end <= self._address)
-                and (areas[at].end > self._address)
-            ):
-                self._at = at
-                return areas[at]
-        self._at = bisect_right(areas, self._address, key=lambda area: area.end)
-        return areas[self._at] if self._at < len(areas) else None
+        index = bisect_right(areas, self._address, key=lambda area: area.end)
+        return areas[index] if index < len(areas) else None
 
 
 def _ordered(areas: Iterable[Area]) -> list[Area]:

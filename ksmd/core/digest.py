@@ -30,8 +30,7 @@ HEADS_AT_MOST = 16
 DIGEST_SIZE = 20
 
 # 2^64 divided by the golden ratio: neighbouring extents land far apart in the cache.
-_SPREAD = 0x9E37_79B9_7F4A_7C15
-_MASK64 = (1 << 64) - 1
+_SPREAD = np.uint64(0x9E37_79B9_7F4A_7C15)
 
 
 def sampled(npages: NDArray[np.int64]) -> tuple[NDArray[np.intp], NDArray[np.int64]]:
@@ -109,9 +108,7 @@ class Sha1Cache:
         Returns their digests (uint8, 20 of each) and which of them are known; the others' bytes
         mean nothing.
         """
-        with np.errstate(over="ignore"):
-            places = (store_pages * np.uint64(_SPREAD)) >> np.uint64(32)
-        at = (places % np.uint64(self._pages.size)).astype(np.intp)
+        at = self._places(store_pages)
         known = (self._npages[at] == npages) & (self._pages[at] == store_pages) & (npages > 0)
         return self._digests[at], known
 
@@ -119,7 +116,7 @@ class Sha1Cache:
         """Remember a digest, in place of whatever shared its entry."""
         if npages <= 0 or len(digest) != DIGEST_SIZE:
             raise ValueError(f"{len(digest)} bytes of digest for {npages} pages")
-        at = self._place(store_page)
+        (at,) = self._places(np.array([store_page], np.uint64))
         self._pages[at] = store_page
         self._npages[at] = npages
         self._digests[at] = np.frombuffer(digest, np.uint8)
@@ -128,5 +125,7 @@ class Sha1Cache:
         """Forget every run of an extent; to be called before its id is given back."""
         self._npages[(self._pages >> 32) == extent] = 0
 
-    def _place(self, store_page: int) -> int:
-        return ((store_page * _SPREAD & _MASK64) >> 32) % self._pages.size
+    def _places(self, store_pages: NDArray[np.uint64]) -> NDArray[np.intp]:
+        mixed = store_pages * _SPREAD >> np.uint64(32)
+        places: NDArray[np.intp] = (mixed % np.uint64(self._pages.size)).astype(np.intp)
+        return places

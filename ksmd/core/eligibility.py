@@ -117,7 +117,7 @@ def areas(
     regions: Regions,
     *,
     also: Sequence[tuple[int, int]] = (),
-    write_tracked_by_us: Callable[[Vma], bool] | None = None,
+    write_tracked_by_us: Callable[[Vma], bool] = lambda _vma: False,
     merged_by_us: Callable[[Vma], bool] = lambda _vma: False,
 ) -> tuple[list[Area], list[RefusedRange]]:
     """Cut *regions* out of *vmas* (ascending, as in maps): what may be scanned, and what not.
@@ -136,8 +136,7 @@ def areas(
         if vma is None:
             refused.append(RefusedRange(Reason.NOT_MAPPED, start, npages, None))
         elif not merged_by_us(vma):
-            tracked = write_tracked_by_us is not None and write_tracked_by_us(vma)
-            reason = refusal_of(vma, write_tracked_by_us=tracked)
+            reason = refusal_of(vma, write_tracked_by_us=write_tracked_by_us(vma))
             if reason is None:
                 allowed.append(Area(start, end, vma))
             else:

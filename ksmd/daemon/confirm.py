@@ -125,10 +125,6 @@ def any_alone(target: Target, runs: NDArray[np.void]) -> bool:
     if int(runs["npages"].min()) == 1:
         return True
     single = [a.start >> PAGE_SHIFT for a in target.areas if a.vma.end - a.vma.start == PAGE_SIZE]
-    held = Spans(sorted(zip(runs["page"].tolist(), _ends(runs), strict=True)))
+    ends = runs["page"] + runs["npages"]
+    held = Spans(sorted(zip(runs["page"].tolist(), ends.tolist(), strict=True)))
     return bool(held.find(np.array(single, np.uint64))[1].any())
-
-
-def _ends(runs: NDArray[np.void]) -> list[int]:
-    ends: list[int] = (runs["page"] + runs["npages"]).tolist()
-    return ends

@@ -411,8 +411,8 @@ class Merger:
         else:
             target.accepted()
             target.stops.add(done.total_us / 1000)
-            at_work = done.timings.get("stub", 0.0)
-            target.prices[Op(int(records["op"][0]))].learn(records, done.total_us, at_work)
+            price = target.prices[Op(int(records["op"][0]))]
+            price.learn(records, done.total_us, done.at_work_us)
         return done
 
     def account(

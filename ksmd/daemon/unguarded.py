@@ -157,7 +157,7 @@ class Rescue:
                     raise TargetGoneError(f"process {one.process.pid} is gone")
                 if done.refused is not None:
                     raise RefusedTargetError(done.refused, done.detail)
-                price.learn(batch, done.total_us, done.timings.get("stub", 0.0))
+                price.learn(batch, done.total_us, done.at_work_us)
                 yield 0.0
 
     def _refuse_early(self, process: TargetId) -> None:

@@ -55,7 +55,7 @@ class Registers(ptrace_registers_t):  # type: ignore[misc]  # python-ptrace ship
     @classmethod
     def places(cls, names: Sequence[str]) -> tuple[int, ...]:
         """Give where these fields are in :meth:`words`."""
-        order = [name for name, *_ in cls._fields_ or ptrace_registers_t._fields_]
+        order = [name for name, *_ in cls._fields_]
         return tuple(order.index(name) for name in names)
 
     def words(self) -> tuple[int, ...]:

@@ -100,6 +100,11 @@ class WindowResult:
     timings: dict[str, float] = field(default_factory=dict)
 
     @property
+    def at_work_us(self) -> float:
+        """Microseconds that the stub was at work; the rest of ``total_us`` is the stop's own."""
+        return self.timings.get("stub", 0.0)
+
+    @property
     def outcomes(self) -> tuple[Outcome, ...]:
         """Every record by itself; none where the target was let go."""
         if self.results is None:

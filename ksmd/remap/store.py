@@ -118,7 +118,9 @@ class Store:
     ring: PinRing
     keeper: Keeper
     extents: dict[int, Extent] = field(default_factory=dict)
-    _pages: tuple[Any, NDArray[np.uint32], NDArray[np.uint64]] | None = None
+    _pages: tuple[Any, NDArray[np.uint32], NDArray[np.uint64]] | None = field(
+        default=None, init=False
+    )
 
     @property
     def npages(self) -> int:
