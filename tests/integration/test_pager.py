@@ -226,10 +226,22 @@ def test_partial_drops_leave_their_neighbours_alone(
     assert result["bad"] == 0
 
 
-@SETTLED
+@pytest.mark.parametrize(
+    ("settle", "continued"),
+    [(True, True), (False, True), (True, False)],
+    ids=["settled", "owed", "settled, and left out by fork"],
+)
 def test_guard_pages_hold_and_come_back_as_zeros_in_children_too(
-    start: Start, pager: Pager, request: pytest.FixtureRequest, settle: bool
+    start: Start,
+    pager: Pager,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    settle: bool,
+    continued: bool,
 ) -> None:
+    """Installing a guard page has fork copy the page table from then on, whatever it did before."""
+    if not continued:
+        monkeypatch.setenv("GUARDED_NO_CONTINUE", "1")
     result = start("guards", arg=20, pages=PAGES, settle=settle).result()
     figures(request, **result, stats=pager.stats())
     assert result["bad"] == 0
@@ -252,7 +264,7 @@ def test_a_child_whose_page_table_fork_left_out_is_filled_from_the_store(
     figures(request, **result, stats=stats)
     assert result["bad"] == 0
     if mode == "dropall":
-        # what a child drops before the pager has come to fill it is owed no more: none need be filled
+        # what a child drops before the pager has come to fill it is owed no more
         assert stats["zeroed"] == arg * PAGES
     else:
         assert stats["filled"] > 0

@@ -208,8 +208,10 @@ class GuardAgainstAKernel(RuleBasedStateMachine):
         """In memory that is settled, or copied: what raises no event must not come back either."""
         mm, context = self.family[0]
         page %= max(1, self.merged)
-        if mm.vma(page, 1) is None or page * P in context.owed:
+        index = mm.vma(page, 1)
+        if index is None or page * P in context.owed:
             return
+        mm.vmas[index] = *mm.vmas[index][:2], True  # the kernel has fork copy its markers
         mm.pte[page] = GUARD
         mm.truth[page] = GUARD
 
