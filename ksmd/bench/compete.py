@@ -47,11 +47,11 @@ def contenders(options: Options) -> tuple[dict[str, Make], str]:
     return found | {THEIRS: KernelKsmd}, ""
 
 
-def check_memory(options: Options) -> None:
-    """Refuse what would not fit: a host that swaps measures nothing."""
+def check_memory(options: Options, share: float = _MEMORY_SHARE) -> None:
+    """Refuse what would not fit into a *share* of memory: a host that swaps measures nothing."""
     wanted = (options.mib << 20) * options.victims
     available = psutil.virtual_memory().available
-    if wanted > available * _MEMORY_SHARE:
+    if wanted > available * share:
         raise UsageError(
             f"{options.victims} victims of {options.mib} MiB are too much:"
             f" {available >> 20} MiB are available",

@@ -26,6 +26,8 @@ from ksmd.model.errors import UsageError
 #: (MiB of a victim, victims): memory grows, then the number of processes does.
 MEMORY = tuple((mib, 8) for mib in (32, 128, 512, 1024, 2048))
 TARGETS = tuple((16, victims) for victims in (2, 8, 32, 128, 200))
+#: Of the memory that is available, what the victims may take: the store is an eighth of them.
+_MEMORY_SHARE = 0.75
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +50,7 @@ def measure(options: Options, progress: Callable[[str], None]) -> dict[str, list
         for mib, victims in sizes:
             sized = replace(options, mib=mib, victims=victims)
             try:
-                check_memory(sized)
+                check_memory(sized, _MEMORY_SHARE)
             except UsageError as error:
                 progress(str(error))
                 continue
@@ -66,10 +68,15 @@ def _grown(options: Options) -> Grown:
 
 
 def _run(workload: Workload, options: Options) -> tuple[float, int]:
-    """Merge one workload: CPU seconds until nothing more was found, and bytes of tables."""
+    """Merge one workload: CPU seconds until nothing more was found, and bytes of tables.
+
+    The tables hold all of it: by themselves they take a part of the host's memory, and what does
+    not fit has to wait for its turn.
+    """
+    pages = options.pages * options.victims
     with TemporaryDirectory(prefix="ksmd-bench-") as directory:
         yard = Yard(Path(directory), replace(options, workloads=(workload,)))
-        with yard.victims(workload) as victims, Ksmd(victims) as ksmd:
+        with yard.victims(workload) as victims, Ksmd(victims, tables=pages) as ksmd:
             watch = Watch(ksmd, victims)
             watch.begin()
             ksmd.start(watch.stamp)

@@ -42,11 +42,15 @@ COMMAND = (sys.executable, "-P", "-m", "ksmd.cli.ksmd")
 FLAT_OUT = {"pages_to_scan": _BATCH, "sleep_millisecs": 0, "max_pages_to_merge": _BATCH}
 
 
-def settings(victims: Sequence[Victim], scan: Mapping[str, int]) -> dict[str, Any]:
-    """Give the settings of a daemon that works on the victims' ranges."""
+def settings(victims: Sequence[Victim], scan: Mapping[str, int], tables: int = 0) -> dict[str, Any]:
+    """Give the settings of a daemon that works on the victims' ranges.
+
+    *tables*: pages that its tables hold, 0 for its own choice.
+    """
     return {
         "version": 1,
         "scan": dict(scan),
+        "tables": {"page_hash_size": tables, "rmap_hash_size": tables},
         "targets": [
             {
                 "name": f"victim-{victim.pid}",
@@ -69,9 +73,11 @@ class Ksmd:
         victims: Sequence[Victim],
         command: Sequence[str] = COMMAND,
         scan: Mapping[str, int] = FLAT_OUT,
+        tables: int = 0,
     ) -> None:
         self._victims = victims
         self._scan = scan
+        self._tables = tables
         self._pids = pids_of(victims)
         self._command = list(command)
         self._directory = tempfile.TemporaryDirectory(prefix="ksmd-bench-")
@@ -104,7 +110,7 @@ class Ksmd:
 
     def _start(self) -> None:
         # without targets first: with them, the background scan would begin before it is paused
-        self._configure({"version": 1})
+        self._configure(settings((), self._scan, self._tables))
         arguments = ["run", "--config", str(self._config), "--socket", str(self._socket)]
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
@@ -116,7 +122,7 @@ class Ksmd:
             )
         self._await_ready()
         self._call("Pause")
-        self._configure(settings(self._victims, self._scan))
+        self._configure(settings(self._victims, self._scan, self._tables))
         self._call("Reload")
         self._before = census.anonymous_pages(self._pids)
 

@@ -194,6 +194,11 @@ class PageTables:
         self._blocks.trim()
         return forgotten
 
+    def clear(self) -> None:
+        """Forget every target."""
+        for slot in list(self._maps):
+            self.forget(slot)
+
     def forget_pages(self, slot: int, pages: U64) -> int:
         """Forget single pages of a target, in any order; return how many were there."""
         table = self._maps.get(slot)

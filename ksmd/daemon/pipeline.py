@@ -6,7 +6,9 @@ main loop stays in charge: after each bounded step it gives the seconds to wait 
 
 from __future__ import annotations
 
+import math
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -31,16 +33,21 @@ _IDLE_PASSES = 3
 
 @dataclass(frozen=True, slots=True)
 class PassResult:
-    """One full scan and what was merged after it, in pages."""
+    """One full scan and what was merged after it, in pages.
+
+    ``exhausted``: whatever has to wait for its turn has had it, and nothing was merged since.
+    """
 
     scan: ScanResult
     merge: MergeResult
+    exhausted: bool
 
     @property
     def settled(self) -> bool:
         """Nothing merged, no page was new, nobody left: another pass would do no more."""
         scan, merge = self.scan, self.merge
-        return not (merge.changed or merge.postponed or scan.new or scan.gone)
+        left = merge.changed or merge.postponed or scan.new or scan.gone
+        return self.exhausted and not left
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +100,7 @@ class Pipeline:
         merge = MergeResult()
         if self._settings.run == "merge":
             yield from self._merge(asked, pause, merge)
-        self.last = PassResult(scan, merge)
+        self.last = PassResult(scan, merge, self._end_turns(asked, merge))
 
     def _batch(self, asked: bool) -> int:
         """Give how many pages the scan that begins now takes before each sleep."""
@@ -131,19 +138,37 @@ class Pipeline:
         if merge.windows != before:
             yield from self._recount()
 
+    def _end_turns(self, asked: bool, merge: MergeResult) -> bool:
+        """Tell the sieves what came of the pages whose turn it was; whether all have had it."""
+        merged: Counter[str] = Counter()
+        for slot, npages in merge.per_slot.items():
+            if (target := self.targets.by_slot.get(slot)) is not None:
+                merged[target.selected.domain] += npages
+        patience = 0 if asked else math.ceil(self._settings.window.interval_secs)
+        for name, domain in self.targets.domains.items():
+            now = self.scanner.now()
+            domain.sieve.end(merged[name], eager=asked, now=now, patience=patience)
+        return all(domain.sieve.exhausted for domain in self.targets.domains.values())
+
     def _recount(self, *, resting: bool = False) -> Iterator[float]:
         for _ in self.accounting.recount(resting=resting):
             yield 0.0
+
+    @property
+    def _parts(self) -> int:
+        """In how many parts the largest domain is scanned."""
+        return max((d.sieve.parts for d in self.targets.domains.values()), default=1)
 
     def asked_scan(self, until_settled: bool) -> Iterator[float | AskedResult]:
         """Scan now (KSM_SCAN): until it settles, or twice at the most.
 
         In the second pass what had changed before this call can be seen unchanged, and windows that
-        came at a bad moment are tried again.
+        came at a bad moment are tried again. Where tables are too small for all, a pass is about a
+        part of it, and it settles when each part has had its turn.
         """
         scanned = merged = passes = idle = 0
         settled = False
-        while passes < (MAX_PASSES if until_settled else 2) and not settled:
+        while passes < (MAX_PASSES * self._parts if until_settled else 2) and not settled:
             yield from self.full_pass(asked=True)
             assert self.last is not None
             passes += 1
@@ -154,4 +179,5 @@ class Pipeline:
             settled = self.last.settled or idle >= _IDLE_PASSES
             # what had changed before this call may stand still now
             settled = settled and (passes > 1 or not self.last.scan.volatile)
+            settled = settled and self.last.exhausted
             yield AskedResult(scanned, merged, settled, passes)

@@ -61,7 +61,8 @@ class Scanner:
         Whatever full scan is under way takes them for its own.
         """
         span = piece.start >> PAGE_SHIFT, piece.end >> PAGE_SHIFT
-        return self._step(target, Spans([span]), span, budget, self._seqnr, result) << PAGE_SHIFT
+        at = self._step(target, Spans([span]), span, budget, self._seqnr, result, out_of_turn=True)
+        return at << PAGE_SHIFT
 
     def full_scan(
         self, pages_to_scan: int, result: ScanResult, *, eager: bool = False
@@ -76,6 +77,9 @@ class Scanner:
         self._seqnr += 1  # a scan that was given up has used a number too
         seqnr = self._seqnr
         budget = pages_to_scan
+        for domain in self._targets.domains.values():
+            if domain.sieve.begin():
+                domain.tables.clear()
         for slot, areas in [(target.slot, target.spans) for target in self._targets]:
             for at, end in self._ranges(slot, areas, seqnr, result, eager):
                 while at < end and (target := self._targets.by_slot.get(slot)) is not None:
@@ -101,11 +105,11 @@ class Scanner:
                 yield at, end
                 continue
             tables = self._targets.tables(target)
-            ranges, resting = tables.awake(slot, at, end, seqnr, self._now())
+            ranges, resting = tables.awake(slot, at, end, seqnr, self.now())
             result.resting += resting
             yield from ranges
 
-    def _now(self) -> int:
+    def now(self) -> int:
         """Give seconds since the scanner was made."""
         return int(time.monotonic() - self._began)
 
@@ -118,10 +122,12 @@ class Scanner:
         seqnr: int,
         result: ScanResult,
         eager: bool = False,
+        out_of_turn: bool = False,
     ) -> int:
         """Scan up to *budget* pages of the *areas* in *span*: the page to go on from.
 
-        What lies between areas is looked at in passing, and neither read nor counted.
+        What lies between areas is looked at in passing, and neither read nor counted. Pages that
+        wait for their turn, while the tables are too small for all, are read and left.
         """
         domain = self._targets.domain(target)
         at, end = span
@@ -134,19 +140,24 @@ class Scanner:
             pages = found[target.pagemap.exclusive_of(found)]
             result.refused[Reason.FORK_SHARED] += len(found) - len(pages)
             pages, checksums = _read(domain, target, pages)
+            if not out_of_turn:
+                mine = domain.sieve.choose(pages, checksums)
+                result.refused[Reason.TABLE_FULL] += int(np.count_nonzero(~mine))
+                pages, checksums = pages[mine], checksums[mine]
         except TargetGoneError:
             result.gone += 1
             self._targets.drop(target)
             return end
         walk_end = max(present.walk_end >> PAGE_SHIFT, at + 1)
         seen = domain.tables.observe(
-            target.slot, at, walk_end, pages, checksums, seqnr, eager=eager, now=self._now()
+            target.slot, at, walk_end, pages, checksums, seqnr, eager=eager, now=self.now()
         )
         counts = np.bincount(seen, minlength=len(Seen))
         result.scanned += len(found)
         result.new += 0 if eager else int(counts[Seen.NEW])
         result.volatile += int(counts[Seen.VOLATILE])
         result.refused[Reason.TABLE_FULL] += int(counts[Seen.TABLE_FULL])
+        domain.sieve.skip(0 if out_of_turn else int(counts[Seen.TABLE_FULL]))
         return walk_end
 
 

@@ -16,6 +16,7 @@ from ksmd.core.eligibility import RefusedRange
 from ksmd.core.ledger import StopTimes
 from ksmd.core.price import WindowPrice, all_prices
 from ksmd.core.selection import Selected
+from ksmd.core.sieve import Sieve
 from ksmd.core.spans import Spans
 from ksmd.core.tables import PageTables
 from ksmd.kernel.iouring import PinRing
@@ -166,6 +167,7 @@ class Domain:
         self.name = name
         self.seed = secrets.randbits(64)
         self.tables = PageTables(sizes.rmap_hash_size, sizes.page_hash_size)
+        self.sieve = Sieve(min(sizes.rmap_hash_size, sizes.page_hash_size))
         self.checksummer = Checksummer(self.seed)
         self.digest = HeadDigest(secrets.token_bytes(32))
         self.sha1_cache = Sha1Cache(sizes.sha1_hash_size)

@@ -357,7 +357,7 @@ class Settings(_Model):
     tables: Tables = Field(
         default=Tables(),
         description="How many pages the tables can hold. A full table skips pages and counts "
-        "them; it never grows.",
+        "them; it never grows. Where a domain has more pages than that, equal ones take turns.",
     )
     window: Window = Field(
         default=Window(),

@@ -380,7 +380,7 @@ def test_page_hash_size_rmap_hash_size_and_sha1_hash_size(open_daemons, puppets)
         refusals = puppet.share()["refusals"]
         assert refusals["table-full"] > 0
         status = daemon.status()
-        assert status["pages_unshared"] == 1024
+        assert 512 < status["pages_unshared"] <= 1024
     assert status["metadata_bytes"] < 4000 * 64
     assert puppet.intact()
 

@@ -181,13 +181,36 @@ def test_a_single_target_that_was_given_back_stays_so_until_resume(pair, daemons
 
 
 def test_tables_of_a_given_size_bind_and_what_does_not_fit_is_counted(victims, daemons):
-    pair = [victims(pages=2048) for _ in range(2)]
-    oracle = Oracle(*pair)
+    pair = [victims(pages=2048, layout="unique") for _ in range(2)]
     tables = {"page_hash_size": 4096, "rmap_hash_size": 1024, "sha1_hash_size": 64}
     daemon = daemons(settings_for(*pair, tables=tables))
+    for _ in range(2):
+        daemon.scan()
+        status = daemon.status()
+        assert status["refusals"]["table-full"] >= 4096 - 1024
+        assert 0 < status["pages_unshared"] <= 1024
+    check_all(pair)
+
+
+@pytest.mark.parametrize("layout", ["runs:long", "singles"])
+def test_memory_that_does_not_fit_into_the_tables_is_merged_in_turns(victims, daemons, layout):
+    pair = [victims(pages=4096, layout=layout) for _ in range(2)]
+    oracle = Oracle(*pair)
+    daemon = daemons(settings_for(*pair, tables={"page_hash_size": 1500, "rmap_hash_size": 1500}))
     daemon.scan()
-    assert daemon.status()["refusals"]["table-full"] > 0
-    assert oracle.saved() < oracle.possible
+    assert oracle.share() == 1
+    check_all(pair)
+
+
+def test_so_it_is_by_a_daemon_that_nobody_asks(victims, daemons):
+    pair = [victims(pages=4096, layout="runs:long") for _ in range(2)]
+    oracle = Oracle(*pair)
+    settings = settings_for(*pair, tables={"page_hash_size": 1500, "rmap_hash_size": 1500})
+    settings["scan"] = {"pages_to_scan": 100_000, "sleep_millisecs": 0}
+    settings["window"] = {"interval_secs": 0}
+    daemon = daemons(settings)
+    daemon.ctl("resume")
+    until(lambda: oracle.share() == 1, "every part had its turn")
     check_all(pair)
 
 
