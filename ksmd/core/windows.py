@@ -39,12 +39,23 @@ def merge_records(runs: NDArray[np.void], areas: Sequence[Area], max_pages: int)
     runs = runs[np.argsort(runs["page"])]
     records = _whole(Op.MERGE, runs)
     records["offset"] = runs["index"].astype(np.uint64) << _SHIFT
-    return _short(_inside(records, areas), max_pages)
+    return _short(inside(records, areas), max_pages)
 
 
 def zero_records(zeros: NDArray[np.void], areas: Sequence[Area], max_pages: int) -> Records:
     """Return what drops *zeros* (dtype SPAN, of one target), cut likewise."""
-    return _short(_inside(_whole(Op.ZERO, zeros), areas), max_pages)
+    return _short(inside(_whole(Op.ZERO, zeros), areas), max_pages)
+
+
+def inside(records: Records, areas: Sequence[Area]) -> Records:
+    """Return records cut at the borders of areas, which are disjoint; what lies in none goes."""
+    spans = Spans(sorted((area.start, area.end) for area in areas))
+    low = records["start"]
+    which, _, starts, ends = spans.cut(low, low + records["length"])
+    cut = records[which]
+    cut["start"], cut["length"] = starts, ends - starts
+    _move_offsets(cut, cut["start"] - low[which])
+    return cut
 
 
 def windows_of(
@@ -106,17 +117,6 @@ def _whole(op: Op, runs: NDArray[np.void]) -> Records:
     records["start"] = runs["page"] << _SHIFT
     records["length"] = runs["npages"].astype(np.uint64) << _SHIFT
     return records
-
-
-def _inside(records: Records, areas: Sequence[Area]) -> Records:
-    """Cut records at the borders of areas, which are disjoint; what lies in none goes."""
-    spans = Spans(sorted((area.start, area.end) for area in areas))
-    low = records["start"]
-    which, _, starts, ends = spans.cut(low, low + records["length"])
-    cut = records[which]
-    cut["start"], cut["length"] = starts, ends - starts
-    _move_offsets(cut, cut["start"] - low[which])
-    return cut
 
 
 def _short(records: Records, max_pages: int) -> Records:

@@ -1,7 +1,8 @@
 """What is known of a plan's records before anybody is stopped for them: the digests of their heads.
 
-A matching checksum makes a candidate. Here candidates that cannot be equal any more, or that have
-nobody to share with, fall out; what is left is compared byte for byte in the stop window.
+A matching checksum makes a candidate. Here candidates that cannot be equal any more, that have
+nobody to share with, or whose mapping forbids it by now, fall out; what is left is compared byte
+for byte in the stop window.
 """
 
 from __future__ import annotations
@@ -13,15 +14,17 @@ from numpy.typing import NDArray
 
 from ksmd.core.digest import DIGEST_SIZE, HEAD_SIZE, sampled
 from ksmd.core.spans import Spans
-from ksmd.core.windows import Records, pages_of
+from ksmd.core.windows import Records, inside, pages_of
 from ksmd.daemon.state import Domain, Target
+from ksmd.daemon.targets import Targets
 from ksmd.model.refusal import Reason
 from ksmd.model.units import PAGE_SHIFT, PAGE_SIZE
-from ksmd.model.vma import Area
 from ksmd.remap.store import Extent
 
-#: A target, its areas as they were planned with, and what it is to map of one extent.
-User = tuple[Target, list[Area], Records]
+#: A target, and what it is to map of one extent.
+User = tuple[Target, Records]
+#: Seconds for which flags that were read with the same maps are good enough to merge by.
+_FRESH_SECS = 5.0
 
 
 def confirmed(
@@ -67,17 +70,17 @@ def without_lonely(users: list[User], extent: Extent, refused: Counter[Reason]) 
     That is what is left of two contents with one checksum: nobody is stopped for that.
     """
     steps = np.zeros(extent.npages + 1, np.int64)
-    for _, _, records in users:
+    for _, records in users:
         first, end = _places(extent, records)
         np.add.at(steps, first, 1)
         np.add.at(steps, end, -1)
     shared = np.concatenate(([0], np.cumsum(np.cumsum(steps[:-1]) > 1)))
     kept = []
-    for target, areas, records in users:
+    for target, records in users:
         first, end = _places(extent, records)
         lonely = shared[end] == shared[first]
         refused[Reason.DIGEST] += int((end - first)[lonely].sum())
-        kept.append((target, areas, records[~lonely]))
+        kept.append((target, records[~lonely]))
     return kept
 
 
@@ -115,16 +118,41 @@ def _expected(
     return digests
 
 
-def any_alone(target: Target, runs: NDArray[np.void]) -> bool:
-    """Whether any of a target's *runs* (dtype RUN) is, or holds, a mapping of one page.
+class SecondLook:
+    """Reads the maps of who takes part in a plan anew, once it is known who that is.
 
-    A run of one page may be one by the time of its window: what is around it has been merged then.
+    A program may have made a mapping afresh since the scan began, at the same address and with
+    flags that forbid merging. Those were given before there was content to be found. Where a pass
+    was asked for, smaps has been read at its beginning, and what may have changed since is found
+    out in the stop window; but not of mappings that have one page only.
     """
-    if not len(runs):
-        return False
-    if int(runs["npages"].min()) == 1:
+
+    def __init__(self, targets: Targets) -> None:
+        self._targets = targets
+        self._fresh: dict[int, bool] = {}
+
+    def at(self, target: Target, records: Records, *, asked: bool) -> Records:
+        """Look, unless that was done; give what of *records* may be merged."""
+        known = self._fresh.get(target.slot)
+        if known or not len(records):
+            return records
+        fresh = not asked or _any_alone(target, records)
+        if known == fresh:
+            return records
+        self._fresh[target.slot] = fresh
+        before = target.areas
+        self._targets.read_areas(target, max_age=0.0 if fresh else _FRESH_SECS)
+        return records if target.areas is before else inside(records, target.areas)
+
+
+def _any_alone(target: Target, records: Records) -> bool:
+    """Whether any of a target's *records* is or holds a mapping of one page.
+
+    What is one page may be one by the time of its window: what is around it has been merged then.
+    """
+    if int(records["length"].min()) == PAGE_SIZE:
         return True
-    single = [a.start >> PAGE_SHIFT for a in target.areas if a.vma.end - a.vma.start == PAGE_SIZE]
-    ends = runs["page"] + runs["npages"]
-    held = Spans(sorted(zip(runs["page"].tolist(), ends.tolist(), strict=True)))
+    single = [area.start for area in target.areas if area.vma.end - area.vma.start == PAGE_SIZE]
+    ends = records["start"] + records["length"]
+    held = Spans(sorted(zip(records["start"].tolist(), ends.tolist(), strict=True)))
     return bool(held.find(np.array(single, np.uint64))[1].any())

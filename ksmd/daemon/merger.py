@@ -28,7 +28,7 @@ from ksmd.core.windows import (
     windows_of,
     zero_records,
 )
-from ksmd.daemon.confirm import User, any_alone, confirmed, without_lonely
+from ksmd.daemon.confirm import SecondLook, User, confirmed, without_lonely
 from ksmd.daemon.hugepages import huge_blocks, split_cut
 from ksmd.daemon.journal import fields
 from ksmd.daemon.prepare import prepare
@@ -40,7 +40,6 @@ from ksmd.model.errors import KsmdError, TargetGoneError
 from ksmd.model.plan import ExtentPlan, Plan
 from ksmd.model.refusal import Reason
 from ksmd.model.units import PAGE_SHIFT
-from ksmd.model.vma import Area
 from ksmd.model.window import Op, WindowRequest, WindowResult
 from ksmd.remap.engine import Engine, RefusedTargetError
 from ksmd.remap.store import Extent, Making
@@ -53,8 +52,6 @@ log = logging.getLogger(__name__)
 _MOMENTARY = frozenset({Reason.UNSTOPPABLE, Reason.NO_THREAD, Reason.STALE_STUB})
 _RETRIES = 3
 _PROCESSORS_OF_A_STOP = 2
-#: Seconds for which flags that were read with the same maps are good enough to merge by.
-_FRESH_SECS = 5.0
 
 
 @dataclass(slots=True)
@@ -168,31 +165,14 @@ class Merger:
         self._targets.plans_begun += 1
         self._targets.plans_under_way += 1
         try:
-            yield from self._look_again(domain, plan, asked, result)
-            yield from self._merge_extents(domain, plan, asked, result)
-            yield from self._drop_zeros(domain, plan, asked, result)
+            look = SecondLook(self._targets)
+            yield from self._merge_extents(domain, plan, look, asked, result)
+            yield from self._drop_zeros(domain, plan, look, asked, result)
         finally:
             self._targets.plans_under_way -= 1
 
-    def _look_again(
-        self, domain: Domain, plan: Plan, asked: Asked, result: MergeResult
-    ) -> Iterator[MergeResult]:
-        """Read the maps of who takes part anew: now that the content of the pages is known.
-
-        A program may have made a mapping afresh since the scan began, at the same address and with
-        flags that forbid merging. Those were given before there was content to be found. Where a
-        pass was asked for, smaps has been read at its beginning, and what may have changed since is
-        found out in the stop window; but not of mappings that have one page only.
-        """
-        for target in self._of(domain):
-            runs = plan.merges[plan.merges["target"] == target.slot]
-            if len(runs) or np.any(plan.zeros["target"] == target.slot):
-                tried = _is_asked(target, asked) and not any_alone(target, runs)
-                self._targets.read_areas(target, max_age=_FRESH_SECS if tried else 0.0)
-                yield result
-
     def _merge_extents(
-        self, domain: Domain, plan: Plan, asked: Asked, result: MergeResult
+        self, domain: Domain, plan: Plan, look: SecondLook, asked: Asked, result: MergeResult
     ) -> Iterator[MergeResult]:
         """Extent by extent, the most profitable first: filled, then mapped by all its users.
 
@@ -219,9 +199,9 @@ class Merger:
                 users = self._users(domain, extent, runs, asked, result)
                 if number in new:
                     users = without_lonely(users, extent, result.refused)
-                for target, areas, records in users:
+                for target, records in users:
                     yield from self._open_windows(
-                        domain, target, areas, extent, records, asked, result
+                        domain, target, extent, records, look, asked, result
                     )
         finally:
             if self._ahead is not None:
@@ -238,14 +218,13 @@ class Merger:
             self._ahead.step()
 
     def _drop_zeros(
-        self, domain: Domain, plan: Plan, asked: Asked, result: MergeResult
+        self, domain: Domain, plan: Plan, look: SecondLook, asked: Asked, result: MergeResult
     ) -> Iterator[MergeResult]:
         for target in self._of(domain):
             zeros = plan.zeros[plan.zeros["target"] == target.slot]
             if len(zeros):
-                areas = target.areas
-                records = zero_records(zeros, areas, self._settings.window.max_pages)
-                yield from self._open_windows(domain, target, areas, None, records, asked, result)
+                records = zero_records(zeros, target.areas, self._settings.window.max_pages)
+                yield from self._open_windows(domain, target, None, records, look, asked, result)
 
     def _users(
         self,
@@ -261,12 +240,9 @@ class Merger:
             mine = runs[runs["target"] == target.slot]
             if not len(mine) or not self.may_stop(target, asked):
                 continue
-            areas = target.areas
-            records = merge_records(mine, areas, self._settings.window.max_pages)
+            records = merge_records(mine, target.areas, self._settings.window.max_pages)
             try:
-                users.append(
-                    (target, areas, confirmed(domain, target, extent, records, result.refused))
-                )
+                users.append((target, confirmed(domain, target, extent, records, result.refused)))
             except TargetGoneError:
                 self._targets.drop(target)
         return users
@@ -275,13 +251,15 @@ class Merger:
         self,
         domain: Domain,
         target: Target,
-        areas: list[Area],
         extent: Extent | None,
         records: Records,
+        look: SecondLook,
         asked: Asked,
         result: MergeResult,
     ) -> Iterator[MergeResult]:
         window = self._settings.window
+        records = look.at(target, records, asked=_is_asked(target, asked))
+        areas = target.areas
         if not len(records):
             return
         price = target.prices[Op(int(records["op"][0]))]

@@ -122,7 +122,7 @@ SENTENCES: dict[Reason, str] = {
     Reason.VOLATILE: "the page changed since the last full scan",
     Reason.CHANGED: "the page changed between the plan and the byte compare",
     Reason.DIGEST: "the checksum matched and the digest did not",
-    Reason.TABLE_FULL: "the tables are full, and the page waits for its turn (tables: in the settings)",
+    Reason.TABLE_FULL: "the tables are full: it waits for its turn (tables: in the settings)",
     Reason.VMA_BUDGET: "mapping it would take more of vm.max_map_count than ksmd allows itself",
     Reason.NO_PROFIT: "merging it would cost more memory than it saves",
     Reason.STORE_FULL: "the store could not grow (memory, locked memory, file descriptors)",
