@@ -6,8 +6,8 @@ kernel adds makes a VMA ineligible until someone has thought it through. The fla
 show_smap_vma_flags() in fs/proc/task_mmu.c (proc_pid_smaps(5)).
 
 What a merge changes about a VMA decides what is harmless: the pages become a private mapping of a
-memfd, made by mmap(2) with the same protection. Accounting and huge-page advice may differ
-afterwards without the program noticing; locks, fork and dump advice, seals, keys may not.
+memfd, made by mmap(2) with the same protection. Huge-page advice is given again, and accounting may
+differ without the program noticing; locks, fork and dump advice, seals, keys may not.
 
 Executable memory (rwx, what a JIT writes its code to) is refused. The kernel would map a store page
 executable, but the program's own hardening (MemoryDenyWriteExecute, SELinux' execmod) may forbid
@@ -34,8 +34,8 @@ HARMLESS_FLAGS = {
     "me": "may be made executable: memfds lie on a mount that allows it",
     "ac": "accounted: a private writable file mapping is, too",
     "nr": "no swap space reserved (MAP_NORESERVE): only accounting",
-    "hg": "huge pages advised: the page is small when it is merged, and the rest keeps the advice",
-    "nh": "huge pages unwanted: the store's pages are mapped by small entries in any case",
+    "hg": "huge pages advised: the page is small when it is merged, and its mapping is told, too",
+    "nh": "huge pages unwanted: the store's are mapped by small entries; its mapping is told, too",
     "sd": "soft-dirty: set on every new VMA, so a remapped page can only count as changed",
 }
 

@@ -5,7 +5,10 @@ Records are columns (dtype RECORD), since a pass may have a hundred thousand of 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
+from operator import or_
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,13 +18,39 @@ from ksmd.core.spans import Spans
 from ksmd.model.tables import RECORD
 from ksmd.model.units import HUGE_PAGE_SIZE, PAGE_SHIFT
 from ksmd.model.vma import Area
-from ksmd.model.window import Op, Record
+from ksmd.model.window import Advice, Op, Record
 
 Records = NDArray[np.void]
 
 #: Bytes of one record: where one page has changed meanwhile, its whole record is left as it was.
 _LONGEST = HUGE_PAGE_SIZE
 _SHIFT = np.uint64(PAGE_SHIFT)
+_SAID = {
+    "dc": Advice.DONTFORK,
+    "dd": Advice.DONTDUMP,
+    "wf": Advice.WIPEONFORK,
+    "hg": Advice.HUGEPAGE,
+    "nh": Advice.NOHUGEPAGE,
+}
+
+
+class Ground(NamedTuple):
+    """The areas of a target as columns: their pages, and what was said of each (Advice, uint32)."""
+
+    spans: Spans
+    advice: NDArray[np.uint32]
+
+    @classmethod
+    def of(cls, areas: Sequence[Area]) -> Ground:
+        """Take *areas*, ascending."""
+        spans = Spans((area.start >> PAGE_SHIFT, area.end >> PAGE_SHIFT) for area in areas)
+        return cls(spans, np.array([advice_of(area.vma.flags) for area in areas], np.uint32))
+
+
+@functools.lru_cache(maxsize=256)  # a program has few kinds of mappings
+def advice_of(flags: frozenset[str]) -> Advice:
+    """Return what VmFlags say that a program has said by madvise."""
+    return functools.reduce(or_, (_SAID[flag] for flag in flags & _SAID.keys()), Advice.NONE)
 
 
 def columns(records: Sequence[Record]) -> Records:
@@ -30,30 +59,30 @@ def columns(records: Sequence[Record]) -> Records:
     return np.array(rows, RECORD)
 
 
-def merge_records(runs: NDArray[np.void], areas: Sequence[Area], max_pages: int) -> Records:
+def merge_records(runs: NDArray[np.void], ground: Ground, max_pages: int) -> Records:
     """Return what maps *runs* (dtype RUN, of one target and one extent) to the store.
 
-    By address, cut where VMAs end; what lies in none of *areas* is left out. In that order each
+    By address, cut where VMAs end; what lies beyond *ground* is left out. In that order each
     window finds its records in the mapping that those before have not cut up yet.
     """
     runs = runs[np.argsort(runs["page"])]
     records = _whole(Op.MERGE, runs)
     records["offset"] = runs["index"].astype(np.uint64) << _SHIFT
-    return _short(inside(records, areas), max_pages)
+    return _short(inside(records, ground), max_pages)
 
 
-def zero_records(zeros: NDArray[np.void], areas: Sequence[Area], max_pages: int) -> Records:
+def zero_records(zeros: NDArray[np.void], ground: Ground, max_pages: int) -> Records:
     """Return what drops *zeros* (dtype SPAN, of one target), cut likewise."""
-    return _short(inside(_whole(Op.ZERO, zeros), areas), max_pages)
+    return _short(inside(_whole(Op.ZERO, zeros), ground), max_pages)
 
 
-def inside(records: Records, areas: Sequence[Area]) -> Records:
-    """Return records cut at the borders of areas, which are disjoint; what lies in none goes."""
-    spans = Spans(sorted((area.start, area.end) for area in areas))
-    low = records["start"]
-    which, _, starts, ends = spans.cut(low, low + records["length"])
+def inside(records: Records, ground: Ground) -> Records:
+    """Return records cut at the borders of *ground*; what lies beyond goes."""
+    low, high = records["start"], records["start"] + records["length"]
+    which, area, first, end = ground.spans.cut(low >> _SHIFT, high >> _SHIFT)
     cut = records[which]
-    cut["start"], cut["length"] = starts, ends - starts
+    cut["start"], cut["length"] = first << _SHIFT, (end - first) << _SHIFT
+    cut["advice"] = np.where(cut["op"] == Op.MERGE, ground.advice[area], cut["advice"])
     _move_offsets(cut, cut["start"] - low[which])
     return cut
 

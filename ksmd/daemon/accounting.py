@@ -102,7 +102,7 @@ class Accounting:
             for start, end in _groups(target.zeros)
         ]
         target.zeros = np.setdiff1d(target.zeros, np.concatenate(written), assume_unique=True)
-        return int(np.count_nonzero(target.spans.find(target.zeros)[1]))
+        return int(np.count_nonzero(target.ground.spans.find(target.zeros)[1]))
 
     def _release_unused(self) -> None:
         """An extent goes when no target maps it; children that fork made may map any of them.

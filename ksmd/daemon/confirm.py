@@ -140,9 +140,9 @@ class SecondLook:
         if known == fresh:
             return records
         self._fresh[target.slot] = fresh
-        before = target.areas
+        before = target.ground
         self._targets.read_areas(target, max_age=0.0 if fresh else _FRESH_SECS)
-        return records if target.areas is before else inside(records, target.areas)
+        return records if target.ground is before else inside(records, target.ground)
 
 
 def _any_alone(target: Target, records: Records) -> bool:

@@ -223,7 +223,7 @@ class Merger:
         for target in self._of(domain):
             zeros = plan.zeros[plan.zeros["target"] == target.slot]
             if len(zeros):
-                records = zero_records(zeros, target.areas, self._settings.window.max_pages)
+                records = zero_records(zeros, target.ground, self._settings.window.max_pages)
                 yield from self._open_windows(domain, target, None, records, look, asked, result)
 
     def _users(
@@ -240,7 +240,7 @@ class Merger:
             mine = runs[runs["target"] == target.slot]
             if not len(mine) or not self.may_stop(target, asked):
                 continue
-            records = merge_records(mine, target.areas, self._settings.window.max_pages)
+            records = merge_records(mine, target.ground, self._settings.window.max_pages)
             try:
                 users.append((target, confirmed(domain, target, extent, records, result.refused)))
             except TargetGoneError:
@@ -259,7 +259,7 @@ class Merger:
     ) -> Iterator[MergeResult]:
         window = self._settings.window
         records = look.at(target, records, asked=_is_asked(target, asked))
-        areas = target.areas
+        ground = target.ground
         if not len(records):
             return
         price = target.prices[Op(int(records["op"][0]))]
@@ -271,7 +271,7 @@ class Merger:
             ):
                 if target.slot not in self._targets.by_slot or not self.may_stop(target, asked):
                     return
-                if target.areas is not areas:
+                if target.ground is not ground:
                     return  # read anew meanwhile: a range may have been taken back by its program
                 if extent is not None and extent.number not in domain.store.extents:
                     return

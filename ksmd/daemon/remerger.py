@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 
-from ksmd.core.windows import columns, windows_of
+from ksmd.core.windows import advice_of, columns, windows_of
 from ksmd.daemon.merger import Merger, MergeResult
 from ksmd.daemon.state import Domain, Target
 from ksmd.daemon.targets import Targets
@@ -64,6 +64,7 @@ class Remerger:
                 continue
             if not vma.perms.startswith("rw-"):
                 continue
+            said = advice_of(vma.flags)
             _, broken = target.pagemap.still_shared(vma.start, vma.end)
             for page in broken[target.pagemap.exclusive_of(broken)].tolist():
                 offset = vma.offset + (page << PAGE_SHIFT) - vma.start
@@ -73,6 +74,6 @@ class Remerger:
                 # as bytes: memoryviews are compared item by item
                 if 0 <= index < extent.npages and bytes(extent.view(index, 1)) == held:
                     found[extent.number].append(
-                        Record(Op.REMERGE, page << PAGE_SHIFT, 1 << PAGE_SHIFT, offset)
+                        Record(Op.REMERGE, page << PAGE_SHIFT, 1 << PAGE_SHIFT, offset, said)
                     )
         return found

@@ -80,7 +80,7 @@ class Scanner:
         for domain in self._targets.domains.values():
             if domain.sieve.begin():
                 domain.tables.clear()
-        for slot, areas in [(target.slot, target.spans) for target in self._targets]:
+        for slot, areas in [(target.slot, target.ground.spans) for target in self._targets]:
             for at, end in self._ranges(slot, areas, seqnr, result, eager):
                 while at < end and (target := self._targets.by_slot.get(slot)) is not None:
                     before = result.scanned

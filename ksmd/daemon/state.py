@@ -17,8 +17,8 @@ from ksmd.core.ledger import StopTimes
 from ksmd.core.price import WindowPrice, all_prices
 from ksmd.core.selection import Selected
 from ksmd.core.sieve import Sieve
-from ksmd.core.spans import Spans
 from ksmd.core.tables import PageTables
+from ksmd.core.windows import Ground
 from ksmd.kernel.iouring import PinRing
 from ksmd.kernel.memory import Memory
 from ksmd.kernel.pagemap import PageMap
@@ -77,7 +77,7 @@ class Target:
     memory: Memory
     pagemap: PageMap
     areas: list[Area] = field(default_factory=list)
-    spans: Spans = field(default_factory=lambda: Spans(()))  # the areas' pages
+    ground: Ground = field(default_factory=lambda: Ground.of(()))  # the areas as columns
     refused_ranges: list[RefusedRange] = field(default_factory=list)
     contexts: TargetContexts | None = None
     refused: Reason | None = None

@@ -17,8 +17,8 @@ from dataclasses import replace
 
 from ksmd.core.eligibility import areas
 from ksmd.core.selection import Selected, select, united
-from ksmd.core.spans import Spans
 from ksmd.core.tables import PageTables
+from ksmd.core.windows import Ground
 from ksmd.daemon.bequest import ExtentLabel
 from ksmd.daemon.state import Domain, Mapping, Target, Tell
 from ksmd.guard.client import Pager
@@ -339,7 +339,7 @@ class Targets:
             vmas, target.selected.regions, also=target.selected.also,
             merged_by_us=lambda vma: bool(vma.inode) and ours(vma) is not None,
         )  # fmt: skip
-        target.spans = Spans((a.start >> PAGE_SHIFT, a.end >> PAGE_SHIFT) for a in target.areas)
+        target.ground = Ground.of(target.areas)
 
     def _known(self, maps: bytes) -> int:
         """Give a number that all of maps goes into, and the extents that tell what is ours."""

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from ksmd.core.windows import columns, windows_of
+from ksmd.core.windows import advice_of, columns, windows_of
 from ksmd.daemon.accounting import Accounting
 from ksmd.daemon.journal import fields
 from ksmd.daemon.merger import Merger
@@ -25,8 +25,7 @@ from ksmd.kernel import risks
 from ksmd.model.errors import KsmdError, TargetGoneError
 from ksmd.model.refusal import Reason
 from ksmd.model.units import PAGE_SHIFT, PAGE_SIZE
-from ksmd.model.vma import Vma
-from ksmd.model.window import Advice, Op, Record
+from ksmd.model.window import Op, Record
 from ksmd.remap.engine import Engine
 from ksmd.remap.store import MEMORY_RESERVE, Extent
 
@@ -158,7 +157,7 @@ class Unmerger:
             for low, high in whole if spans is None else spans.within(vma.start, vma.end):
                 for start in range(low, high, limit):
                     length, offset = min(limit, high - start), vma.offset + start - vma.start
-                    records.append(Record(Op.UNMERGE, start, length, offset, _advice(vma)))
+                    records.append(Record(Op.UNMERGE, start, length, offset, advice_of(vma.flags)))
         price = target.prices[Op.UNMERGE]
         for extent, records in by_extent.values():
             for batch in windows_of(
@@ -174,16 +173,6 @@ class Unmerger:
                 if pages:
                     self._targets.tell("unmerged", target, pages)
                 yield result
-
-
-def _advice(vma: Vma) -> Advice:
-    """Give what the program has said of a merged range since the merge."""
-    found = Advice.NONE
-    if "dc" in vma.flags:
-        found |= Advice.DONTFORK
-    if "dd" in vma.flags:
-        found |= Advice.DONTDUMP
-    return found
 
 
 def _check_memory(needed: int) -> None:

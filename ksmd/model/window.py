@@ -31,13 +31,16 @@ class Advice(IntFlag):
     DONTFORK = 2
     DONTDUMP = 4
     WIPEONFORK = 8
+    HUGEPAGE = 64
+    NOHUGEPAGE = 128
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
     """One run: ``start``, ``length`` in bytes of the target; ``offset`` in bytes of the extent.
 
-    ``advice`` is for UNMERGE, which makes new memory. (That a range is locked the stub finds out.)
+    ``advice`` is what has to be said of the new mapping: about huge pages always, all else by
+    UNMERGE. (That a range is locked the stub finds out.)
     """
 
     op: Op

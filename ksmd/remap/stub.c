@@ -53,7 +53,7 @@ enum { EAGAIN = 11, ENOMEM = 12, EEXIST = 17, EINVAL = 22, EMFILE = 24, ENODATA 
 enum { PROT_NONE = 0, PROT_READ = 1, PROT_RW = 3 };
 enum { MAP_SHARED = 1, MAP_PRIVATE = 2, MAP_FIXED = 0x10, MAP_ANON_NORESERVE = 0x4022 };
 enum { MREMAP_MAYMOVE = 1, MREMAP_FIXED = 2, MREMAP_DONTUNMAP = 4 };
-enum { MADV_DONTFORK = 10, MADV_DONTDUMP = 16, MADV_WIPEONFORK = 18, MADV_COLD = 20,
+enum { MADV_DONTFORK = 10, MADV_HUGEPAGE = 14, MADV_NOHUGEPAGE = 15, MADV_DONTDUMP = 16, MADV_WIPEONFORK = 18, MADV_COLD = 20,
        MADV_POPULATE_READ = 22, MADV_GUARD_INSTALL = 102 };
 enum { MODE_MISSING = 1, MODE_MINOR = 4, CONTINUE_DONTWAKE = 1, MOVE_ALLOW_HOLES = 2 };
 enum { AF_UNIX = 1, SOCK_DGRAM_CLOEXEC = 0x80002, RECV_FLAGS = 0x40000040, MSG_CTRUNC = 8 };
@@ -76,7 +76,7 @@ enum { O_CLOEXEC_NONBLOCK = 02004000, RLIMIT_NOFILE = 7 };
 enum { MODE_WINDOW = 0, MODE_SETUP = 1 };
 enum { OP_MERGE = 0, OP_ZERO = 1, OP_UNMERGE = 2, OP_REMERGE = 3 };
 enum { REC_DONTFORK = 2, REC_DONTDUMP = 4, REC_WIPEONFORK = 8, REC_UNTRIED = 16, REC_SKIP = 32,
-       REC_MAPPING_SHIFT = 8 };
+       REC_HUGEPAGE = 64, REC_NOHUGEPAGE = 128, REC_HARMLESS = 192, REC_MAPPING_SHIFT = 8 };
 enum { RES_FLAGGED = 1000 }; /* -result of a record whose mapping has flags: this plus the flags */
 /* stages a record reaches; +100: undone, +200: the undo failed */
 enum { ST_NONE, ST_REGISTERED, ST_ASIDE, ST_EQUAL, ST_MAPPED, ST_FILLED, ST_GUARDED, ST_DONE };
@@ -269,6 +269,14 @@ static void undone(struct header *h, struct record *r, int home, i64 why)
     }
 }
 
+/* What the program has said about huge pages is said of its new mapping, too; no matter if it fails. */
+static void say_of_huge_pages(struct record *r, u64 address)
+{
+    if (r->flags & REC_HARMLESS)
+        call3(SYS_madvise, address, r->length,
+              r->flags & REC_HUGEPAGE ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
+}
+
 /* Give a fresh private mapping of the store its entries, its guard and its anon_vma. */
 static i64 fill_and_guard(struct header *h, struct record *r)
 {
@@ -295,6 +303,7 @@ static i64 fill_and_guard(struct header *h, struct record *r)
     }
     if (ret && ret != -EEXIST)
         return ret;
+    say_of_huge_pages(r, r->start);
     r->stage = ST_DONE;
     return 0;
 }
@@ -511,6 +520,7 @@ static i64 say_again(struct record *r, u64 fresh, u64 aside, int lock)
 {
     i64 ret = 0;
 
+    say_of_huge_pages(r, fresh);
     if (r->flags & REC_DONTFORK)
         ret = call3(SYS_madvise, fresh, r->length, MADV_DONTFORK);
     if (!ret && r->flags & REC_DONTDUMP)
@@ -699,7 +709,7 @@ static void know_flags(struct header *h, struct record *r)
 
     r->flags &= (1 << REC_MAPPING_SHIFT) - 1;
     if (found != REC_UNTRIED)
-        r->flags = (u32)found;
+        r->flags = (u32)found | (r->flags & REC_HARMLESS);
     else if (number && r->op == OP_MERGE)
         r->flags = REC_UNTRIED;
 }
@@ -835,8 +845,8 @@ static void carry_out(struct header *h)
         }
         if (r->op != OP_ZERO)
             know_flags(h, r);
-        if (r->op == OP_MERGE && r->flags) {
-            r->result = -(i64)(RES_FLAGGED + r->flags);
+        if (r->op == OP_MERGE && r->flags & ~REC_HARMLESS) {
+            r->result = -(i64)(RES_FLAGGED + (r->flags & ~REC_HARMLESS));
             continue;
         }
         switch (r->op) {

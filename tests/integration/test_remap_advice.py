@@ -126,3 +126,26 @@ def test_a_record_that_still_speaks_of_a_flag_that_was_taken_back_gives_none(
     undo = replace(run(Op.UNMERGE, arena.address, 0, NPAGES), advice=Advice.DONTFORK)
     assert done(lab.window(arena.subject, [undo], arena.extent))
     assert flagged(arena.pid, arena.address, "dc") == []
+
+
+@pytest.mark.parametrize(
+    ("flag", "said", "advice"), [("hg", Advice.HUGEPAGE, 14), ("nh", Advice.NOHUGEPAGE, 15)]
+)
+def test_what_was_said_of_huge_pages_is_kept_by_each_mapping_that_is_made_anew(
+    lab: Lab, arena: Arena, flag: str, said: Advice, advice: int
+) -> None:
+    held = content(arena.pid, arena.address, NPAGES)
+    arena.advise(0, NPAGES, advice)
+    merge = [replace(run(Op.MERGE, arena.address, first, 8), advice=said) for first in (0, 24)]
+    assert done(lab.window(arena.subject, merge, arena.extent))
+    arena.victim.ask(f"poke({arena.address} + 3 * PAGE, peek({arena.address} + 3 * PAGE))")
+    again = replace(run(Op.REMERGE, arena.address, 3, 1), advice=said)
+    assert done(lab.window(arena.subject, [again], arena.extent))
+    assert merged(arena.pid, arena.extent) == 16
+    assert flagged(arena.pid, arena.address, flag) == list(range(NPAGES))
+    parts = (0, 3), (3, 1), (4, 4), (24, 8)
+    undo = [replace(run(Op.UNMERGE, arena.address, *part), advice=said) for part in parts]
+    assert done(lab.window(arena.subject, undo, arena.extent))
+    assert merged(arena.pid, arena.extent) == 0
+    assert flagged(arena.pid, arena.address, flag) == list(range(NPAGES))
+    assert content(arena.pid, arena.address, NPAGES) == held

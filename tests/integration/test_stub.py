@@ -146,8 +146,9 @@ def test_stages_and_operations_have_the_numbers_of_the_source() -> None:
         re.findall(r"\b(OP_\w+|REC_\w+|RES_\w+|UNDONE|STUCK|MODE_SETUP) = (\d+)", SOURCE)
     )
     assert {op: int(numbers[f"OP_{op.name}"]) for op in Op} == {op: op.value for op in Op}
-    advice = {name: int(numbers[f"REC_{name}"]) for name in ("DONTFORK", "DONTDUMP", "WIPEONFORK")}
-    assert advice == {name: Advice[name].value for name in advice}
+    advice = {one: int(numbers[f"REC_{one.name}"]) for one in Advice if one}
+    assert advice == {one: one.value for one in advice}
+    assert int(numbers["REC_HARMLESS"]) == Advice.HUGEPAGE | Advice.NOHUGEPAGE
     assert int(numbers["RES_FLAGGED"]) == stub.FLAGGED
     assert (int(numbers["REC_SKIP"]), int(numbers["REC_MAPPING_SHIFT"])) == (SKIP, MAPPING_SHIFT)
     assert int(numbers["MODE_SETUP"]) == stub.MODE_SETUP

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from harness import (
     CROWDED,
+    PAGE,
     Oracle,
     crowd,
     descriptors,
@@ -26,6 +27,8 @@ from harness import (
     store_mappings,
     target,
 )
+
+from ksmd.kernel import procfs
 
 pytestmark = pytest.mark.root
 
@@ -158,9 +161,19 @@ def test_memory_in_huge_pages_really_returns(victims, daemons, thp):
     print(f"thp={thp}: {freed} pages are no longer private, of {2 * oracle.duplicates}")
     assert freed >= ENOUGH * 2 * oracle.duplicates
     check_all(pair)
+    advised = {"on": "hg", "madvise": "hg", "off": "nh"}[thp]
+    assert all(flags_everywhere(victim, advised) for victim in pair)
     daemon.give_back()
     assert oracle.saved() == 0
+    assert all(flags_everywhere(victim, advised) for victim in pair)
     check_all(pair)
+
+
+def flags_everywhere(victim, flag):
+    """Whether every mapping of a victim's arena, merged or not, has the flag."""
+    end = victim.address + victim.pages * PAGE
+    arena = [v for v in procfs.smaps(victim.pid) if v.start < end and v.end > victim.address]
+    return all(flag in vma.flags for vma in arena)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -7,17 +7,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ksmd.core.price import WindowPrice
-from ksmd.core.windows import merge_records, pages_of, spans, windows_of, zero_records
+from ksmd.core.windows import (
+    Ground,
+    merge_records,
+    pages_of,
+    spans,
+    windows_of,
+    zero_records,
+)
 from ksmd.model.tables import RUN, SPAN
 from ksmd.model.vma import Area, Vma
-from ksmd.model.window import Op
+from ksmd.model.window import Advice, Op
 
 PAGE = 4096
 STEPS = st.lists(st.tuples(st.integers(0, 6), st.integers(1, 9)), max_size=12)
 
 
-def area(first: int, end: int) -> Area:
-    vma = Vma(first * PAGE, end * PAGE, "rw-p", 0, (0, 0), 0, "")
+def area(first: int, end: int, *flags: str) -> Area:
+    vma = Vma(first * PAGE, end * PAGE, "rw-p", 0, (0, 0), 0, "", frozenset(flags))
     return Area(first * PAGE, end * PAGE, vma)
 
 
@@ -29,9 +36,9 @@ def ranges(steps: list[tuple[int, int]]) -> list[tuple[int, int]]:
     return found
 
 
-@given(areas=STEPS, runs=STEPS, backwards=st.booleans())
+@given(areas=STEPS, runs=STEPS)
 def test_every_page_of_a_run_that_lies_in_an_area_comes_once_at_its_place_and_no_other(
-    areas: list[tuple[int, int]], runs: list[tuple[int, int]], backwards: bool
+    areas: list[tuple[int, int]], runs: list[tuple[int, int]]
 ) -> None:
     where = [area(*pair) for pair in ranges(areas)]
     table = np.zeros(len(runs), RUN)
@@ -42,7 +49,7 @@ def test_every_page_of_a_run_that_lies_in_an_area_comes_once_at_its_place_and_no
             7,
             1000 + first,
         )
-    records = merge_records(table, where[::-1] if backwards else where, 8)
+    records = merge_records(table, Ground.of(where), 8)
     places: dict[int, int] = {}
     for batch in windows_of(records, 4, 8, WindowPrice(Op.MERGE), 1000):
         assert 0 < len(batch) <= 4
@@ -71,9 +78,8 @@ def test_zero_runs_are_cut_at_the_same_borders_and_need_no_extent(
         row["page"], row["npages"] = first, end - first
     where = [area(*pair) for pair in ranges(areas)]
     found: list[int] = []
-    for batch in windows_of(
-        zero_records(table, where, 4096), 400, 4096, WindowPrice(Op.ZERO), 1000
-    ):
+    records = zero_records(table, Ground.of(where), 4096)
+    for batch in windows_of(records, 400, 4096, WindowPrice(Op.ZERO), 1000):
         for op, start, length, offset, _ in batch.tolist():
             assert (op, offset) == (Op.ZERO, 0)
             found += range(start // PAGE, (start + length) // PAGE)
@@ -85,6 +91,17 @@ def test_zero_runs_are_cut_at_the_same_borders_and_need_no_extent(
 def test_long_runs_are_cut_where_huge_pages_begin() -> None:
     table = np.zeros(1, RUN)
     table["page"], table["npages"], table["index"] = 1000, 1500, 7
-    records = merge_records(table, [area(0, 5000)], 2048)
+    records = merge_records(table, Ground.of([area(0, 5000)]), 2048)
     found = np.stack([records[name] // PAGE for name in ("start", "length", "offset")], axis=1)
     assert found.tolist() == [[1000, 24, 7], [1024, 512, 31], [1536, 512, 543], [2048, 452, 1055]]
+
+
+def test_what_is_merged_takes_along_what_was_said_of_huge_pages_and_dropped_zeros_do_not() -> None:
+    where = [area(0, 10, "rd", "wr", "hg"), area(10, 20, "rd", "wr", "nh"), area(20, 30, "rd")]
+    runs, zeros = np.zeros(1, RUN), np.zeros(1, SPAN)
+    runs["page"], runs["npages"] = 5, 20
+    zeros["page"], zeros["npages"] = 5, 20
+    records = merge_records(runs, Ground.of(where), 4096)
+    assert records["start"].tolist() == [5 * PAGE, 10 * PAGE, 20 * PAGE]
+    assert records["advice"].tolist() == [Advice.HUGEPAGE, Advice.NOHUGEPAGE, Advice.NONE]
+    assert not zero_records(zeros, Ground.of(where), 4096)["advice"].any()
