@@ -30,9 +30,16 @@ _SLOTS = 1 << (64 - _PAGE_BITS)
 
 @dataclass(frozen=True, slots=True)
 class PlanLimits:
-    """What bounds a plan: ``extent_pages`` of one extent, and what one more VMA costs."""
+    """What bounds a plan: ``extent_pages`` of one extent, and what one more VMA costs.
+
+    ``scattered_pages``: of one extent where runs are short; 0: no more than elsewhere. Windows go
+    through an extent in the order of a target's addresses, and tear its mappings there into pieces,
+    each of which those of the next extent have to deal with. Nor is a large extent the longer in
+    use where its pages are scattered: a small one is given back no sooner.
+    """
 
     extent_pages: int = 4096
+    scattered_pages: int = 0
     vma_bytes: int = VMA_BYTES
 
     def __post_init__(self) -> None:
@@ -109,10 +116,10 @@ def runs_of(slots: U32, pages: U64, places: U64) -> tuple[NDArray[np.void], Inde
     return runs, starts
 
 
-def lay_out(slots: U32, pages: U64, next_extent: int, limits: PlanLimits) -> Layout:
+def lay_out(slots: U32, pages: U64, next_extent: int, extent_pages: int) -> Layout:
     """Give each page (sorted by (slot, page)) a place in a new extent, neighbours side by side."""
     order = np.arange(pages.size, dtype=np.uint64)
-    size = np.uint64(limits.extent_pages)
+    size = np.uint64(extent_pages)
     extent = order // size + np.uint64(next_extent)
     if extent.size and int(extent[-1]) >> 32:
         raise ValueError("extent ids have run out")

@@ -48,6 +48,9 @@ _ROUNDS = 8
 # A run in the middle of a VMA makes three VMAs of one.
 _VMAS_PER_RUN = 2
 
+#: Runs that are shorter than this, in pages and on average, are scattered.
+_SHORT_RUN = 32
+
 _OLD = -1  # the "group" of pages whose content the store holds already
 
 
@@ -149,7 +152,7 @@ class _Draft:
         self._merged = merged
         self.alive: Index = np.arange(len(members))
         self._first: Index = np.empty(0, np.intp)
-        self.layout = lay_out(members.slots[:0], members.pages[:0], 0, PlanLimits())
+        self.layout = lay_out(members.slots[:0], members.pages[:0], 0, 1)
 
     def new_checksums(self) -> U32:
         """Return the checksums of the new store pages, in the order of the layout."""
@@ -160,12 +163,10 @@ class _Draft:
         for round_ in count():
             users = self._prune()
             self._first = self._representatives(users)
-            slots, pages = self._members.slots, self._members.pages
-            first = self._first
-            self.layout = lay_out(slots[first], pages[first], next_extent, limits)
-            places = self._places(first)
-            alive = self.alive
-            runs, starts = runs_of(slots[alive], pages[alive], places)
+            runs, starts = self._lay_out(next_extent, limits.extent_pages)
+            large = limits.scattered_pages
+            if large > limits.extent_pages and runs.size * _SHORT_RUN > self.alive.size:
+                runs, starts = self._lay_out(next_extent, large)
             saved = self._credit(users)
             saved = np.add.reduceat(saved, starts) if starts.size else saved
             verdict = _judge(runs, starts, saved, self._merged, vma_room, limits)
@@ -173,6 +174,13 @@ class _Draft:
                 return verdict
             self._refuse(runs, verdict, whole_targets=round_ >= _ROUNDS)
         raise AssertionError("unreachable")
+
+    def _lay_out(self, next_extent: int, extent_pages: int) -> tuple[NDArray[np.void], Index]:
+        """Lay out what is left, and cut it into runs: these, and where each starts."""
+        slots, pages = self._members.slots, self._members.pages
+        first, alive = self._first, self.alive
+        self.layout = lay_out(slots[first], pages[first], next_extent, extent_pages)
+        return runs_of(slots[alive], pages[alive], self._places(first))
 
     def _prune(self) -> Index:
         """Take out pages that nobody shares; return the users of every group."""

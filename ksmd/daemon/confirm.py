@@ -14,15 +14,15 @@ from numpy.typing import NDArray
 
 from ksmd.core.digest import DIGEST_SIZE, HEAD_SIZE, sampled
 from ksmd.core.spans import Spans
-from ksmd.core.windows import Records, inside, pages_of
+from ksmd.core.windows import Ground, Records, inside, pages_of
 from ksmd.daemon.state import Domain, Target
 from ksmd.daemon.targets import Targets
 from ksmd.model.refusal import Reason
 from ksmd.model.units import PAGE_SHIFT, PAGE_SIZE
 from ksmd.remap.store import Extent
 
-#: A target, and what it is to map of one extent.
-User = tuple[Target, Records]
+#: A target, its ground as its records were made with it, and what it is to map of one extent.
+User = tuple[Target, Ground, Records]
 #: Seconds for which flags that were read with the same maps are good enough to merge by.
 _FRESH_SECS = 5.0
 
@@ -70,17 +70,17 @@ def without_lonely(users: list[User], extent: Extent, refused: Counter[Reason]) 
     That is what is left of two contents with one checksum: nobody is stopped for that.
     """
     steps = np.zeros(extent.npages + 1, np.int64)
-    for _, records in users:
+    for _, _, records in users:
         first, end = _places(extent, records)
         np.add.at(steps, first, 1)
         np.add.at(steps, end, -1)
     shared = np.concatenate(([0], np.cumsum(np.cumsum(steps[:-1]) > 1)))
     kept = []
-    for target, records in users:
+    for target, ground, records in users:
         first, end = _places(extent, records)
         lonely = shared[end] == shared[first]
         refused[Reason.DIGEST] += int((end - first)[lonely].sum())
-        kept.append((target, records[~lonely]))
+        kept.append((target, ground, records[~lonely]))
     return kept
 
 

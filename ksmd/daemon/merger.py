@@ -18,9 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ksmd.core.focus import focus
-from ksmd.core.planner import make_plan
+from ksmd.core.planner import PlanLimits, make_plan
 from ksmd.core.scope import Scope, within
 from ksmd.core.windows import (
+    Ground,
     Records,
     merge_records,
     pages_of,
@@ -52,6 +53,10 @@ log = logging.getLogger(__name__)
 _MOMENTARY = frozenset({Reason.UNSTOPPABLE, Reason.NO_THREAD, Reason.STALE_STUB})
 _RETRIES = 3
 _PROCESSORS_OF_A_STOP = 2
+#: Runs of zero pages in a window: they take no mappings, but they have to fit into one message.
+_ZERO_RUNS = 2000
+#: Pages of an extent for scattered pages, at the most, and the part of free memory that it may be.
+_SCATTERED_PAGES, _SCATTERED_SHARE = 65536, 16
 
 
 @dataclass(slots=True)
@@ -121,6 +126,7 @@ class Merger:
             zero_checksum=zero,
             vma_room={target.slot: self._vma_room(target) for target in self._of(domain)},
             next_extent=self._next_extent,
+            limits=PlanLimits(scattered_pages=_scattered_pages()),
         )
 
     def _of(self, domain: Domain) -> list[Target]:
@@ -196,12 +202,12 @@ class Merger:
                 if extent is None:  # given back meanwhile
                     continue
                 runs = plan.merges[plan.merges["extent"] == number]
-                users = self._users(domain, extent, runs, asked, result)
+                users = self._users(domain, extent, runs, look, asked, result)
                 if number in new:
                     users = without_lonely(users, extent, result.refused)
-                for target, records in users:
+                for target, ground, records in users:
                     yield from self._open_windows(
-                        domain, target, extent, records, look, asked, result
+                        domain, target, ground, extent, records, asked, result
                     )
         finally:
             if self._ahead is not None:
@@ -224,13 +230,17 @@ class Merger:
             zeros = plan.zeros[plan.zeros["target"] == target.slot]
             if len(zeros):
                 records = zero_records(zeros, target.ground, self._settings.window.max_pages)
-                yield from self._open_windows(domain, target, None, records, look, asked, result)
+                records = look.at(target, records, asked=_is_asked(target, asked))
+                yield from self._open_windows(
+                    domain, target, target.ground, None, records, asked, result
+                )
 
     def _users(
         self,
         domain: Domain,
         extent: Extent,
         runs: NDArray[np.void],
+        look: SecondLook,
         asked: Asked,
         result: MergeResult,
     ) -> list[User]:
@@ -242,7 +252,10 @@ class Merger:
                 continue
             records = merge_records(mine, target.ground, self._settings.window.max_pages)
             try:
-                users.append((target, confirmed(domain, target, extent, records, result.refused)))
+                records = confirmed(domain, target, extent, records, result.refused)
+                records = look.at(target, records, asked=_is_asked(target, asked))
+                if target.slot in self._targets.by_slot:
+                    users.append((target, target.ground, records))
             except TargetGoneError:
                 self._targets.drop(target)
         return users
@@ -251,24 +264,21 @@ class Merger:
         self,
         domain: Domain,
         target: Target,
+        ground: Ground,
         extent: Extent | None,
         records: Records,
-        look: SecondLook,
         asked: Asked,
         result: MergeResult,
     ) -> Iterator[MergeResult]:
         window = self._settings.window
-        records = look.at(target, records, asked=_is_asked(target, asked))
-        ground = target.ground
-        if not len(records):
+        if not len(records) or target.slot not in self._targets.by_slot:
             return
         price = target.prices[Op(int(records["op"][0]))]
         carried: list[Records] = []
         try:
             huge = huge_blocks(target, records) if target.huge else frozenset()
-            for batch in windows_of(
-                records, window.max_runs, window.max_pages, price, window.stop_ms
-            ):
+            runs = window.max_runs if extent is not None else _ZERO_RUNS
+            for batch in windows_of(records, runs, window.max_pages, price, window.stop_ms):
                 if target.slot not in self._targets.by_slot or not self.may_stop(target, asked):
                     return
                 if target.ground is not ground:
@@ -468,6 +478,11 @@ def announce(pager: Pager, slot: int, records: Records) -> None:
     pager.extend(slot, spans(mapped))
     if np.any(records["op"] == Op.UNMERGE):
         pager.begin_unmerge(slot)
+
+
+def _scattered_pages() -> int:
+    """Give how large an extent for scattered pages may be: filling it comes before freeing any."""
+    return min(_SCATTERED_PAGES, risks.mem_available() // _SCATTERED_SHARE >> PAGE_SHIFT)
 
 
 def _is_asked(target: Target, asked: Asked) -> bool:

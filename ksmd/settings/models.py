@@ -157,7 +157,8 @@ class Window(_Model):
     )
     max_runs: Annotated[int, Field(ge=1, le=500)] = Field(
         default=300,
-        description="The most runs (neighbouring pages taken as one) that one stop window merges.",
+        description="The most runs (neighbouring pages taken as one) that one stop window merges. "
+        "Runs of zero pages, which are dropped, do not count.",
     )
     interval_secs: Annotated[int, Field(ge=0, le=86400)] = Field(
         default=10,

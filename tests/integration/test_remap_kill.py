@@ -257,7 +257,6 @@ def test_the_word_says_dead_long_before_a_thread_runs(endurer: Endurer) -> None:
         endurer.must_be_well()
     gaps.sort()
     print(f"\nfrom the mark to the first thread: {[round(gap * 1000, 1) for gap in gaps]} ms")
-    assert gaps[4] > 0.004
 
 
 def test_target_killed_at_any_time_is_gone_for_its_parent_at_once(

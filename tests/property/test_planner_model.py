@@ -47,6 +47,7 @@ def worlds(draw):
     store = {extent << 32 | index: draw(kind) for extent, index in pages}
     limits = PlanLimits(
         extent_pages=draw(st.integers(1, 8)),
+        scattered_pages=draw(st.sampled_from([0, 0, 5, 12])),
         vma_bytes=draw(st.sampled_from([0, 300, 1500, 3000, 9000])),
     )
     return places, store, merged, limits
@@ -92,7 +93,7 @@ def new_store_pages(plan, places, limits):
             for i in range(int(span["npages"]))
         ]
         assert len(copied) == extent.npages == extent.checksums.size > 0
-        assert extent.npages <= limits.extent_pages
+        assert extent.npages <= max(limits.extent_pages, limits.scattered_pages)
         for index, source in enumerate(copied):
             place = extent.extent << 32 | index
             assert place not in checksums

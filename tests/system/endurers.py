@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import mmap
 import os
 import shutil
@@ -40,14 +41,17 @@ def binary() -> Path:
 
 
 class Endurer:
-    """One victim. ``stall``: the longest time that it took to go on after a kill."""
+    """One victim. ``stall``: the longest time that it took to go on after a kill, in seconds.
+
+    ``starved``: for how much of that one of its threads stood in line for a processor.
+    """
 
     ROUNDS, WRONG, EINTRS, LATEST_US, LAST, READY = range(6)
 
     def __init__(self, mode: str, pages: int) -> None:
         self.mode = mode
         self.region = ARENA, pages
-        self.stall = 0.0
+        self.stall = self.starved = 0.0
         self._control = os.memfd_create("endure-control")
         os.ftruncate(self._control, PAGE)
         self._words = mmap.mmap(self._control, PAGE)
@@ -91,11 +95,22 @@ class Endurer:
 
     def must_be_well(self) -> None:
         """It goes on, and nothing of what it saw was wrong."""
-        began, rounds = time.monotonic(), self.word(self.ROUNDS)
+        began, rounds, lines = time.monotonic(), self.word(self.ROUNDS), self._in_line()
         self._wait_for(self.ROUNDS, rounds + 3)
-        self.stall = max(self.stall, time.monotonic() - began)
+        if (stall := time.monotonic() - began) > self.stall:
+            waits = [spent - lines.get(tid, 0.0) for tid, spent in self._in_line().items()]
+            self.stall, self.starved = stall, max(waits, default=0.0)
         wrong, last = self.word(self.WRONG), self.word(self.LAST)
         assert not wrong, f"{self.mode}: {wrong} wrong results, the last was {last}"
+
+    def _in_line(self) -> dict[int, float]:
+        """Seconds that each thread has stood in line for a processor so far."""
+        found = {}
+        for tid in procfs.tasks(self.pid):
+            with contextlib.suppress(OSError):
+                words = Path(f"/proc/{self.pid}/task/{tid}/schedstat").read_text().split()
+                found[tid] = int(words[1]) / 1e9
+        return found
 
     def traced(self) -> bool:
         """Tell whether it stands in a stop window now."""

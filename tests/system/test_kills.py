@@ -194,14 +194,13 @@ def _endure(lives: Lives, endurers: list[Endurer], manager: ServiceManager | Non
         tally = dict(butcher.tally)
         print(
             f"\n{tally} in {time.monotonic() - began:.0f} s, {work.rounds} rounds; EINTR"
-            f" {sum(eintr.values())}; merged after {merged}; longest stall"
-            f" {max(e.stall for e in endurers) * 1000:.0f} ms"
+            f" {sum(eintr.values())}; merged after {merged}; longest stall {_stall(endurers)}"
         )
         for endurer in endurers:
             print(
                 f"{endurer.mode}: rounds {endurer.word(Endurer.ROUNDS)} wrong"
-                f" {endurer.word(Endurer.WRONG)} EINTR {eintr[endurer.pid]} stall"
-                f" {endurer.stall * 1000:.0f} ms"
+                f" {endurer.word(Endurer.WRONG)} EINTR {eintr[endurer.pid]}"
+                f" stall {_stall([endurer])}"
             )
     assert merged, "the kills proved nothing"
     daemon = lives.daemon
@@ -211,6 +210,12 @@ def _endure(lives: Lives, endurers: list[Endurer], manager: ServiceManager | Non
     for endurer in endurers:
         endurer.must_be_well()
         endurer.must_be_clean()
+
+
+def _stall(endurers: list[Endurer]) -> str:
+    """Tell of the longest stall: how much of it was standing in line for a processor."""
+    worst = max(endurers, key=lambda endurer: endurer.stall)
+    return f"{worst.stall * 1000:.0f} ms, {worst.starved * 1000:.0f} of them in line"
 
 
 def test_whoever_is_killed_at_any_moment_no_target_notices(lives, endurers):

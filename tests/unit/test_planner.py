@@ -144,6 +144,18 @@ def test_extents_are_cut_at_their_size_and_numbered_from_the_next_id():
     assert plan.cost_bytes == VMA * 2 * (2 + 1 + 1)
 
 
+@pytest.mark.parametrize(
+    ("stride", "large", "sizes"),
+    [(2, 70, [70, 30]), (1, 70, [40, 40, 20]), (2, 0, [40, 40, 20]), (2, 5, [40, 40, 20])],
+    ids=["scattered", "in a row", "without room", "no larger"],
+)
+def test_scattered_pages_go_to_extents_that_may_be_larger(stride, large, sizes):
+    sites = [(slot, stride * i, 200 + i) for slot in (0, 1) for i in range(100)]
+    plan = plan_of(sites, extent_pages=40, scattered_pages=large)
+    assert [extent.npages for extent in plan.extents] == sizes
+    assert sum(npages for _, npages, *_ in runs(plan)) == 200
+
+
 def test_the_longest_runs_are_taken_first_within_the_room_for_vmas():
     store = [(c, 1, c) for c in range(200, 300)]
     sites = [*array(0, 0, range(200, 203)), *array(0, 50, range(210, 240)), (0, 90, 250)]
