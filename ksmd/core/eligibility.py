@@ -176,11 +176,15 @@ def _pieces(vmas: list[Vma], regions: Regions) -> Iterator[tuple[int, int, Vma |
         here = index  # a VMA may reach into the next range: do not consume it
         while here < len(vmas) and vmas[here].start < end:
             vma = vmas[here]
+            here += 1
+            if at == vma.start and vma.end <= end:  # most do
+                at = vma.end
+                yield vma.start, at, vma
+                continue
             if at < vma.start:
                 yield at, vma.start, None
             yield max(at, vma.start), min(end, vma.end), vma
             at = min(end, vma.end)
-            here += 1
         if at < end:
             yield at, end, None
 

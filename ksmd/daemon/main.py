@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import sys
 from collections.abc import Sequence
@@ -18,6 +19,10 @@ from ksmd.settings import Loaded, defaults, read
 
 log = logging.getLogger(__name__)
 
+#: Objects that are made before the garbage collector looks for cycles. By its own choice it would
+#: go through hundreds of thousands of mappings, which are in none, again and again.
+_COLLECT_AFTER = 50_000
+
 
 def run(
     config: Path | None,
@@ -33,6 +38,7 @@ def run(
     privilege, a kernel that lacks a needed feature, a socket that another daemon answers.
     """
     libc.set_name(MAIN_COMM)  # the kernel's own thread is called ksmd
+    gc.set_threshold(_COLLECT_AFTER)
     rlimits.raise_open_files()
     manager = manager or Manager()
     name = listening.inherited_path(manager.inherited) or socket or defaults().socket

@@ -80,10 +80,13 @@ class Pipeline:
     def _settings(self) -> Settings:
         return self.targets.settings
 
-    def full_pass(self, asked: bool) -> Iterator[float]:
-        """Scan everything once and merge what the scan found; sets :attr:`last`."""
+    def full_pass(self, asked: bool, again: bool = False) -> Iterator[float]:
+        """Scan everything once and merge what the scan found; sets :attr:`last`.
+
+        *again*: the pass before was asked for by the same caller.
+        """
         pause = 0.0 if asked else self._settings.scan.sleep_millisecs / 1000
-        for _ in self.targets.refreshing(if_changed=not asked):
+        for _ in self.targets.refreshing(if_changed=again or not asked):
             yield 0.0
         scan = ScanResult()
         began, slept = time.monotonic(), 0.0
@@ -169,7 +172,7 @@ class Pipeline:
         scanned = merged = passes = idle = 0
         settled = False
         while passes < (MAX_PASSES * self._parts if until_settled else 2) and not settled:
-            yield from self.full_pass(asked=True)
+            yield from self.full_pass(asked=True, again=passes > 0)
             assert self.last is not None
             passes += 1
             scanned += self.last.scan.scanned

@@ -307,10 +307,10 @@ class Targets:
 
     def _take_mappings(self, target: Target, vmas: list[Vma], known: int = 0) -> None:
         """Note what is merged; *known* is what maps was, 0 where it was not read for that."""
-        ours = self._ours()
+        extents = self.extents_by_inode()
         target.vmas, target.known_mappings = len(vmas), known
         target.mappings = [
-            Mapping(vma, extent) for vma in vmas if vma.inode and (extent := ours(vma)) is not None
+            Mapping(vma, extents[vma.inode]) for vma in vmas if _is_ours(vma, extents)
         ]
 
     def read_areas(self, target: Target, *, max_age: float = 0.0) -> None:
@@ -329,32 +329,22 @@ class Targets:
         except TargetGoneError:
             self.drop(target)
             return
-        ours = self._ours()
+        extents = self.extents_by_inode()
         target.recount_at = 0.0 if known != target.known_areas else target.recount_at
         target.flags_read, target.known_areas = now, known
         self._take_mappings(target, vmas, known)
-        target.handles_faults = any(vma.flags & _FAULT_FLAGS and not ours(vma) for vma in vmas)
+        others = {vma.flags for vma in vmas if not _is_ours(vma, extents)}
+        target.handles_faults = any(flags & _FAULT_FLAGS for flags in others)
         target.memory.may_pin = not (target.handles_faults or self._may_wait(target))
         target.areas, target.refused_ranges = areas(
             vmas, target.selected.regions, also=target.selected.also,
-            merged_by_us=lambda vma: bool(vma.inode) and ours(vma) is not None,
+            merged_by_us=lambda vma: _is_ours(vma, extents),
         )  # fmt: skip
         target.ground = Ground.of(target.areas)
 
     def _known(self, maps: bytes) -> int:
         """Give a number that all of maps goes into, and the extents that tell what is ours."""
         return hash((maps, tuple(self.extents_by_inode())))
-
-    def _ours(self) -> Callable[[Vma], Extent | None]:
-        """Give what tells whether a mapping is ours, by the extent that it shows."""
-        extents = self.extents_by_inode()
-
-        def extent_of(vma: Vma) -> Extent | None:
-            if vma.inode not in extents or not vma.path.startswith(STORE_PATH):
-                return None
-            return extents[vma.inode]
-
-        return extent_of
 
     def _may_wait(self, target: Target) -> bool:
         """Whether a page that is absent might have to be waited for.
@@ -373,6 +363,11 @@ class Targets:
             if target.refused is not None:
                 counts[target.refused] += 1
         return counts
+
+
+def _is_ours(vma: Vma, extents: dict[int, Extent]) -> bool:
+    """Whether a mapping is ours, by the extent that it shows."""
+    return vma.inode in extents and vma.path.startswith(STORE_PATH)
 
 
 class PagerKeeper:

@@ -204,6 +204,7 @@ def _vma(line: bytes, number: int) -> Vma:
 def _rows(pattern: re.Pattern[bytes], text: bytes) -> list[Vma] | None:
     """Parse a text of nothing but what *pattern* matches; None where there is anything else."""
     vmas: list[Vma] = []
+    new = tuple.__new__  # as Vma() does, at half the cost
     at = 0
     for found in pattern.finditer(text):
         before, at = at, found.end()
@@ -211,12 +212,11 @@ def _rows(pattern: re.Pattern[bytes], text: bytes) -> list[Vma] | None:
         start, end = int(low, 16), int(high, 16)
         if found.start() != before or start >= end:
             return None
-        vmas.append(
-            Vma(
-                start, end, _text(perms), int(offset, 16), _device(device), int(inode), _text(path),
-                _flags(*flags),
-            )
+        columns = (
+            start, end, _text(perms), int(offset, 16), _device(device), int(inode), _text(path),
+            _flags(*flags),
         )  # fmt: skip
+        vmas.append(new(Vma, columns))
     return vmas if at == len(text) else None
 
 
