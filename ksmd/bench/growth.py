@@ -68,15 +68,10 @@ def _grown(options: Options) -> Grown:
 
 
 def _run(workload: Workload, options: Options) -> tuple[float, int]:
-    """Merge one workload: CPU seconds until nothing more was found, and bytes of tables.
-
-    The tables hold all of it: by themselves they take a part of the host's memory, and what does
-    not fit has to wait for its turn.
-    """
-    pages = options.pages * options.victims
+    """Merge one workload: CPU seconds until nothing more was found, and bytes of tables."""
     with TemporaryDirectory(prefix="ksmd-bench-") as directory:
         yard = Yard(Path(directory), replace(options, workloads=(workload,)))
-        with yard.victims(workload) as victims, Ksmd(victims, tables=pages) as ksmd:
+        with yard.victims(workload) as victims, Ksmd(victims) as ksmd:
             watch = Watch(ksmd, victims)
             watch.begin()
             ksmd.start(watch.stamp)

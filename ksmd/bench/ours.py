@@ -75,11 +75,9 @@ class Ksmd:
         victims: Sequence[Victim],
         command: Sequence[str] = COMMAND,
         scan: Mapping[str, int] = FLAT_OUT,
-        tables: int = 0,
     ) -> None:
         self._victims = victims
         self._scan = scan
-        self._tables = tables
         self._pids = pids_of(victims)
         self._command = list(command)
         self._directory = tempfile.TemporaryDirectory(prefix="ksmd-bench-")
@@ -112,7 +110,7 @@ class Ksmd:
 
     def _start(self) -> None:
         # without targets first: with them, the background scan would begin before it is paused
-        self._configure(settings((), self._scan, self._tables))
+        self._configure(settings(self._victims, self._scan) | {"targets": []})
         arguments = ["run", "--config", str(self._config), "--socket", str(self._socket)]
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
@@ -124,7 +122,7 @@ class Ksmd:
             )
         self._await_ready()
         self._call("Pause")
-        self._configure(settings(self._victims, self._scan, self._tables))
+        self._configure(settings(self._victims, self._scan))
         self._call("Reload")
         self._before = census.anonymous_pages(self._pids)
 

@@ -53,8 +53,8 @@ log = logging.getLogger(__name__)
 _MOMENTARY = frozenset({Reason.UNSTOPPABLE, Reason.NO_THREAD, Reason.STALE_STUB})
 _RETRIES = 3
 _PROCESSORS_OF_A_STOP = 2
-#: Runs of zero pages in a window: they take no mappings, but they have to fit into one message.
-_ZERO_RUNS = 2000
+#: Runs of zero pages in a window: they take no mappings, but a price that is wrong tells by then.
+_ZERO_RUNS = 500
 #: Pages of an extent for scattered pages, at the most, and the part of free memory that it may be.
 _SCATTERED_PAGES, _SCATTERED_SHARE = 65536, 16
 
