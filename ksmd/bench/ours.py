@@ -27,6 +27,7 @@ from ksmd.bench.victims import Victim
 from ksmd.client import Client, DaemonUnavailableError
 from ksmd.core.layout import VMA_BYTES
 from ksmd.model.errors import KsmdError
+from ksmd.settings.models import LEAST_TABLE_SIZE
 
 _START_SECONDS = 60.0
 _STOP_SECONDS = 60.0
@@ -44,15 +45,16 @@ COMMAND = (sys.executable, "-P", "-m", "ksmd.cli.ksmd")
 FLAT_OUT = {"pages_to_scan": _BATCH, "sleep_millisecs": 0, "max_pages_to_merge": _BATCH}
 
 
-def settings(victims: Sequence[Victim], scan: Mapping[str, int], tables: int = 0) -> dict[str, Any]:
+def settings(victims: Sequence[Victim], scan: Mapping[str, int]) -> dict[str, Any]:
     """Give the settings of a daemon that works on the victims' ranges.
 
-    *tables*: pages that its tables hold, 0 for its own choice.
+    Its tables hold all of it, however much memory is free at its start.
     """
+    pages = max(LEAST_TABLE_SIZE, sum(victim.npages for victim in victims))
     return {
         "version": 1,
         "scan": dict(scan),
-        "tables": {"page_hash_size": tables, "rmap_hash_size": tables},
+        "tables": {"page_hash_size": pages, "rmap_hash_size": pages},
         "targets": [
             {
                 "name": f"victim-{victim.pid}",
