@@ -149,11 +149,13 @@ def test_the_daemon_is_given_settings_that_it_accepts() -> None:
     class One:
         pid = 4711
         ranges = parse_ranges("0x7f0000000000:16")
+        npages = 16
 
     given = settings([One()], FLAT_OUT)  # type: ignore[list-item]
     found = Settings.model_validate(given)
     assert found.scan.sleep_millisecs == 0
     assert found.targets[0].match.pid == (4711,)
+    assert found.resolved_tables(1 << 30).rmap_hash_size == 1024
 
 
 def test_options_choose_workloads_and_refuse_what_means_nothing() -> None:
