@@ -192,14 +192,11 @@ class Merger:
         try:
             for number in order:
                 if number in new:
-                    filled = self._fill(domain, waiting.popleft(), result)
+                    yield from self._fill(domain, waiting.popleft(), result)
                     if waiting:
                         self._ahead = Making(domain.store.making(waiting[0], self._copy))
-                    if not filled:
-                        continue
-                    yield result
                 extent = domain.store.extents.get(number)
-                if extent is None:  # given back meanwhile
+                if extent is None:  # there was no room for it, or it was given back meanwhile
                     continue
                 runs = plan.merges[plan.merges["extent"] == number]
                 users = self._users(domain, extent, runs, look, asked, result)
@@ -295,17 +292,21 @@ class Merger:
         finally:
             self.forget(domain, target, carried)
 
-    def _fill(self, domain: Domain, planned: ExtentPlan, result: MergeResult) -> bool:
-        """Finish the next of the plan's new extents."""
+    def _fill(
+        self, domain: Domain, planned: ExtentPlan, result: MergeResult
+    ) -> Iterator[MergeResult]:
+        """Finish the next of the plan's new extents: it may be large."""
+        making = self._ahead = self._ahead or Making(domain.store.making(planned, self._copy))
+        while making.under_way:
+            making.step()
+            yield result
+        self._ahead = None
         try:
-            making, self._ahead = self._ahead, None
-            (making or Making(domain.store.making(planned, self._copy))).finish()
+            making.finish()
+            result.new += planned.npages
         except KsmdError as error:
             log.warning("domain %s: %s", domain.name, error, extra=fields(domain=domain.name))
             result.refused[Reason.STORE_FULL] += planned.npages
-            return False
-        result.new += planned.npages
-        return True
 
     def _copy(self, slot: int, pieces: list[tuple[int, int]], view: memoryview) -> None:
         target = self._targets.by_slot.get(slot)

@@ -76,9 +76,14 @@ class Making:
         self._made: Extent | None = None
         self._failed: KsmdError | None = None
 
+    @property
+    def under_way(self) -> bool:
+        """Whether there is something left to do."""
+        return self._made is None and self._failed is None
+
     def step(self) -> None:
         """Go on a little. What goes wrong is raised by :meth:`finish`."""
-        if self._made is None and self._failed is None:
+        if self.under_way:
             try:
                 next(self._steps)
             except StopIteration as end:
