@@ -48,9 +48,10 @@ FLAT_OUT = {"pages_to_scan": _BATCH, "sleep_millisecs": 0, "max_pages_to_merge":
 def settings(victims: Sequence[Victim], scan: Mapping[str, int]) -> dict[str, Any]:
     """Give the settings of a daemon that works on the victims' ranges.
 
-    Its tables hold all of it, however much memory is free at its start.
+    Its tables hold all of it, however much memory is free at its start; without victims they are
+    of its own choice.
     """
-    pages = max(LEAST_TABLE_SIZE, sum(victim.npages for victim in victims))
+    pages = sum(max(LEAST_TABLE_SIZE, victim.npages) for victim in victims)
     return {
         "version": 1,
         "scan": dict(scan),

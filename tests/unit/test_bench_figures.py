@@ -156,6 +156,8 @@ def test_the_daemon_is_given_settings_that_it_accepts() -> None:
     assert found.scan.sleep_millisecs == 0
     assert found.targets[0].match.pid == (4711,)
     assert found.resolved_tables(1 << 30).rmap_hash_size == 1024
+    nobody = Settings.model_validate(settings([], FLAT_OUT))
+    assert nobody.resolved_tables(1 << 30) == Settings(version=1).resolved_tables(1 << 30)
 
 
 def test_options_choose_workloads_and_refuse_what_means_nothing() -> None:
