@@ -15,11 +15,8 @@ page.
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
-U32 = NDArray[np.uint32]
-U64 = NDArray[np.uint64]
-Bools = NDArray[np.bool_]
+from ksmd.core.rmap import U32, U64, Bools
 
 #: Pages of a stretch, on average, in the rounds that follow each other.
 SCALES = (512, 32, 1)
@@ -84,7 +81,8 @@ class Sieve:
         self._united = False
         if self.parts == 1:
             if self._skipped and wanted > 1:
-                self._start(wanted)
+                self.parts, self._turn, self._looks, self._idle = wanted, 0, 0, 0
+                self._moves = True
             return
         if wanted <= 1:  # all fit in again, and have not been there together yet
             self.parts, self._united = 1, True
@@ -101,10 +99,6 @@ class Sieve:
         if self._turn % self.parts == 0:
             self._turn = self._turn // self.parts % len(self._scales) * wanted
             self.parts = wanted
-
-    def _start(self, parts: int) -> None:
-        self.parts, self._turn, self._looks, self._idle = parts, 0, 0, 0
-        self._moves = True
 
     # all scans
 

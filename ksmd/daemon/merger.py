@@ -11,7 +11,7 @@ import logging
 import os
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -199,7 +199,7 @@ class Merger:
                 if extent is None:  # there was no room for it, or it was given back meanwhile
                     continue
                 runs = plan.merges[plan.merges["extent"] == number]
-                users = self._users(domain, extent, runs, look, asked, result)
+                users = yield from self._users(domain, extent, runs, look, asked, result)
                 if number in new:
                     users = without_lonely(users, extent, result.refused)
                 for target, ground, records in users:
@@ -240,12 +240,16 @@ class Merger:
         look: SecondLook,
         asked: Asked,
         result: MergeResult,
-    ) -> list[User]:
-        """Give the records of every target that may be stopped, confirmed by digest."""
+    ) -> Generator[MergeResult, None, list[User]]:
+        """Give the records of every target that may be stopped, confirmed by digest.
+
+        One after the other: scattered runs, and maps of many mappings, take their time.
+        """
         users = []
         for target in self._of(domain):
             mine = runs[runs["target"] == target.slot]
-            if not len(mine) or not self.may_stop(target, asked):
+            living = target.slot in self._targets.by_slot
+            if not (living and len(mine) and self.may_stop(target, asked)):
                 continue
             records = merge_records(mine, target.ground, self._settings.window.max_pages)
             try:
@@ -255,6 +259,7 @@ class Merger:
                     users.append((target, target.ground, records))
             except TargetGoneError:
                 self._targets.drop(target)
+            yield result
         return users
 
     def _open_windows(

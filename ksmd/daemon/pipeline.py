@@ -6,7 +6,6 @@ main loop stays in charge: after each bounded step it gives the seconds to wait 
 
 from __future__ import annotations
 
-import math
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -147,9 +146,9 @@ class Pipeline:
         for slot, npages in merge.per_slot.items():
             if (target := self.targets.by_slot.get(slot)) is not None:
                 merged[target.selected.domain] += npages
-        patience = 0 if asked else math.ceil(self._settings.window.interval_secs)
+        now = self.scanner.now()
+        patience = 0 if asked else self._settings.window.interval_secs
         for name, domain in self.targets.domains.items():
-            now = self.scanner.now()
             domain.sieve.end(merged[name], eager=asked, now=now, patience=patience)
         return all(domain.sieve.exhausted for domain in self.targets.domains.values())
 

@@ -157,7 +157,8 @@ class Scanner:
         result.new += 0 if eager else int(counts[Seen.NEW])
         result.volatile += int(counts[Seen.VOLATILE])
         result.refused[Reason.TABLE_FULL] += int(counts[Seen.TABLE_FULL])
-        domain.sieve.skip(0 if out_of_turn else int(counts[Seen.TABLE_FULL]))
+        if not out_of_turn:
+            domain.sieve.skip(int(counts[Seen.TABLE_FULL]))
         return walk_end
 
 

@@ -53,8 +53,8 @@ enum { EAGAIN = 11, ENOMEM = 12, EEXIST = 17, EINVAL = 22, EMFILE = 24, ENODATA 
 enum { PROT_NONE = 0, PROT_READ = 1, PROT_RW = 3 };
 enum { MAP_SHARED = 1, MAP_PRIVATE = 2, MAP_FIXED = 0x10, MAP_ANON_NORESERVE = 0x4022 };
 enum { MREMAP_MAYMOVE = 1, MREMAP_FIXED = 2, MREMAP_DONTUNMAP = 4 };
-enum { MADV_DONTFORK = 10, MADV_HUGEPAGE = 14, MADV_NOHUGEPAGE = 15, MADV_DONTDUMP = 16, MADV_WIPEONFORK = 18, MADV_COLD = 20,
-       MADV_POPULATE_READ = 22, MADV_GUARD_INSTALL = 102 };
+enum { MADV_DONTFORK = 10, MADV_HUGEPAGE = 14, MADV_NOHUGEPAGE = 15, MADV_DONTDUMP = 16,
+       MADV_WIPEONFORK = 18, MADV_COLD = 20, MADV_POPULATE_READ = 22, MADV_GUARD_INSTALL = 102 };
 enum { MODE_MISSING = 1, MODE_MINOR = 4, CONTINUE_DONTWAKE = 1, MOVE_ALLOW_HOLES = 2 };
 enum { AF_UNIX = 1, SOCK_DGRAM_CLOEXEC = 0x80002, RECV_FLAGS = 0x40000040, MSG_CTRUNC = 8 };
 enum { O_CLOEXEC_NONBLOCK = 02004000, RLIMIT_NOFILE = 7 };
@@ -269,7 +269,7 @@ static void undone(struct header *h, struct record *r, int home, i64 why)
     }
 }
 
-/* What the program has said about huge pages is said of its new mapping, too; no matter if it fails. */
+/* What the program has said about huge pages is said of its new mapping, too. It may fail. */
 static void say_of_huge_pages(struct record *r, u64 address)
 {
     if (r->flags & REC_HARMLESS)

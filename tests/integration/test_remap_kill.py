@@ -230,7 +230,7 @@ def _windows_until_lost(endurer: Endurer) -> None:
 
 
 @pytest.mark.parametrize("endurer", ["write"], indirect=True)
-def test_the_word_says_dead_long_before_a_thread_runs(endurer: Endurer) -> None:
+def test_the_word_says_dead_before_a_thread_runs(endurer: Endurer) -> None:
     """Until then the stub must have ended its record: see alive.py."""
     gaps = []
     for _ in range(7):
