@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ksmd.bench.victims import Victim
 from ksmd.core.checksum import Checksummer
-from ksmd.kernel import pageentries, procfs
+from ksmd.kernel import maps, pageentries, procfs
 from ksmd.kernel.memory import Memory
 from ksmd.kernel.pagemap import PageMap
 from ksmd.model.units import PAGE_SHIFT
@@ -86,7 +86,7 @@ def possible(sums: NDArray[np.uint64], zero: int) -> int:
 
 def kernel_memory(victims: Sequence[Victim]) -> Kernel:
     """Count the VMAs and page tables of the victims."""
-    vmas = sum(len(procfs.maps(victim.pid)) for victim in victims)
+    vmas = sum(len(maps.maps(victim.pid)) for victim in victims)
     tables = sum(_kib(victim.pid, "VmPTE") for victim in victims)
     return Kernel(vmas, tables)
 

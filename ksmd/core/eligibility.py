@@ -17,13 +17,20 @@ that mapping while it allows the anonymous one, and code buffers are rewritten a
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from ksmd.core.selection import Regions
+from ksmd.core.spans import Spans
 from ksmd.model.refusal import Reason
 from ksmd.model.units import PAGE_SHIFT, PAGE_SIZE
-from ksmd.model.vma import Area, Vma
+from ksmd.model.vma import Kind, Vma
+from ksmd.model.vmas import U64, Areas, Bools, Index, Vmas
+
+_NOBODY = np.empty(0, np.intp)
 
 #: Flags that an eligible VMA may have, each with what it means for a merge.
 HARMLESS_FLAGS = {
@@ -73,7 +80,53 @@ class RefusedRange:
     vma: Vma | None
 
 
-def refusal_of(vma: Vma, *, write_tracked_by_us: bool = False) -> Reason | None:
+class RefusedRanges:
+    """All of a target, ascending: ``starts``, ``ends`` (uint64, bytes), and why.
+
+    ``reason``: which of ``reasons`` holds for each. ``which``: the number of its mapping in
+    ``vmas``, -1 where nothing is mapped.
+    """
+
+    def __init__(
+        self,
+        places: tuple[U64, U64],
+        reason: Index,
+        reasons: Sequence[Reason],
+        which: Index,
+        vmas: Vmas,
+    ) -> None:
+        self.starts, self.ends = places
+        self.reason, self.reasons = reason, tuple(reasons)
+        self.which, self.vmas = which, vmas
+
+    @classmethod
+    def none(cls) -> RefusedRanges:
+        """No range at all."""
+        nothing = np.empty(0, np.uint64)
+        return cls((nothing, nothing), _NOBODY, (), _NOBODY, Vmas.of(()))
+
+    def __len__(self) -> int:
+        return int(self.starts.size)
+
+    def __iter__(self) -> Iterator[RefusedRange]:
+        npages = (self.ends - self.starts) >> np.uint64(PAGE_SHIFT)
+        behind = iter(self.vmas.only(self.which[self.which >= 0]))
+        columns = (self.reason, self.starts, npages, self.which)
+        for reason, start, count, which in zip(*(c.tolist() for c in columns), strict=True):
+            vma = next(behind) if which >= 0 else None
+            yield RefusedRange(self.reasons[reason], start, count, vma)
+
+    def pages(self) -> Counter[Reason]:
+        """Count their pages by reason."""
+        npages = ((self.ends - self.starts) >> np.uint64(PAGE_SHIFT)).astype(np.int64)
+        found: Counter[Reason] = Counter()
+        for number, reason in enumerate(self.reasons):
+            if count := int(npages[self.reason == number].sum()):
+                found[reason] += count
+        return found
+
+
+def refusal_of(vma: Vma | Kind, *, write_tracked_by_us: bool = False) -> Reason | None:
     """Say why *vma* may not be merged, None when it may.
 
     *write_tracked_by_us*: the daemon's own userfaultfd context watches the VMA for writes, so that
@@ -113,14 +166,14 @@ def detail_of(vma: Vma) -> str:
 
 
 def areas(
-    vmas: Iterable[Vma],
+    vmas: Vmas,
     regions: Regions,
     *,
     also: Sequence[tuple[int, int]] = (),
-    write_tracked_by_us: Callable[[Vma], bool] = lambda _vma: False,
-    merged_by_us: Callable[[Vma], bool] = lambda _vma: False,
-) -> tuple[list[Area], list[RefusedRange]]:
-    """Cut *regions* out of *vmas* (ascending, as in maps): what may be scanned, and what not.
+    write_tracked_by_us: Callable[[Kind], bool] = lambda _kind: False,
+    merged_by_us: Callable[[Kind], bool] = lambda _kind: False,
+) -> tuple[Areas, RefusedRanges]:
+    """Cut *regions* out of *vmas*: what may be scanned, and what not.
 
     "anon": every VMA; "heap": the VMA(s) named [heap], the rest unmentioned; else (start, npages)
     ranges, which may overlap each other. *also*: ranges besides those. VMAs for which
@@ -128,20 +181,21 @@ def areas(
     either. Addresses ascend in both lists, and together with our own VMAs they cover the regions
     exactly once. ValueError on a range that is not page-aligned or is empty.
     """
-    allowed: list[Area] = []
-    refused: list[RefusedRange] = []
-    found = list(vmas)
-    for start, end, vma in _pieces(found, _besides(found, regions, also)):
-        npages = (end - start) >> PAGE_SHIFT
-        if vma is None:
-            refused.append(RefusedRange(Reason.NOT_MAPPED, start, npages, None))
-        elif not merged_by_us(vma):
-            reason = refusal_of(vma, write_tracked_by_us=write_tracked_by_us(vma))
-            if reason is None:
-                allowed.append(Area(start, end, vma))
-            else:
-                refused.append(RefusedRange(reason, start, npages, vma))
-    return allowed, refused
+    which, starts, ends = _pieces(vmas, _besides(vmas, regions, also))
+    verdicts = [
+        Reason.NOT_MAPPED,
+        *(refusal_of(kind, write_tracked_by_us=write_tracked_by_us(kind)) for kind in vmas.kinds),
+    ]
+    ours = np.array([False, *map(merged_by_us, vmas.kinds)])
+    refused = np.array([verdict is not None for verdict in verdicts]) & ~ours
+    allowed = ~(refused | ours)
+    kind = np.append(vmas.kind, np.int32(-1))[which] + 1  # the verdict of -1 is the first
+    reasons = [verdict or Reason.OTHER_FLAGS for verdict in verdicts]  # no place for None
+    may, not_ = allowed[kind], refused[kind]
+    return (
+        Areas(starts[may], ends[may], which[may], vmas),
+        RefusedRanges((starts[not_], ends[not_]), kind[not_], reasons, which[not_], vmas),
+    )
 
 
 def _anonymous_name(path: str) -> bool:
@@ -161,40 +215,39 @@ def _by_name(path: str) -> Reason | None:
     return None
 
 
-def _pieces(vmas: list[Vma], regions: Regions) -> Iterator[tuple[int, int, Vma | None]]:
-    """Yield (start, end, vma) of every part of *regions* that lies in one VMA or in none."""
-    if regions == "anon" or regions == "heap":  # noqa: PLR1714  (narrows the type)
-        for vma in vmas:
-            if regions == "anon" or vma.path == "[heap]":
-                yield vma.start, vma.end, vma
-        return
-    index = 0
-    for start, end in _union(regions):
-        at = start
-        while index < len(vmas) and vmas[index].end <= at:
-            index += 1
-        here = index  # a VMA may reach into the next range: do not consume it
-        while here < len(vmas) and vmas[here].start < end:
-            vma = vmas[here]
-            here += 1
-            if at == vma.start and vma.end <= end:  # most do
-                at = vma.end
-                yield vma.start, at, vma
-                continue
-            if at < vma.start:
-                yield at, vma.start, None
-            yield max(at, vma.start), min(end, vma.end), vma
-            at = min(end, vma.end)
-        if at < end:
-            yield at, end, None
+def _pieces(vmas: Vmas, regions: Regions) -> tuple[Index, U64, U64]:
+    """Give the parts of *regions* that lie in one VMA or in none: its number or -1, start, end."""
+    if regions == "anon":
+        return np.arange(len(vmas)), vmas.starts, vmas.ends
+    if regions == "heap":
+        heap = np.flatnonzero(_is_heap(vmas))
+        return heap, vmas.starts[heap], vmas.ends[heap]
+    low, high = np.array(_union(regions), np.uint64).reshape(-1, 2).T
+    place, which, starts, ends = Spans.of(vmas.starts, vmas.ends).cut(low, high)
+    # between what is mapped, and before and behind it, lie the gaps of each range
+    first = np.append(True, place[1:] != place[:-1])[: len(place)]
+    before = np.where(first, low[place], np.append(np.uint64(0), ends)[: len(place)])
+    tails = low.copy()
+    last = np.append(place[1:] != place[:-1], True)[: len(place)]
+    tails[place[last]] = ends[last]
+    starts = np.concatenate((starts, before, tails))
+    ends = np.concatenate((ends, starts[: len(place)], high))
+    which = np.concatenate((which, np.full(len(place) + len(low), -1)))
+    order = np.argsort(starts, kind="stable")
+    order = order[starts[order] < ends[order]]
+    return which[order], starts[order], ends[order]
 
 
-def _besides(vmas: list[Vma], regions: Regions, also: Sequence[tuple[int, int]]) -> Regions:
+def _is_heap(vmas: Vmas) -> Bools:
+    return vmas.where(lambda kind: kind.path == "[heap]")
+
+
+def _besides(vmas: Vmas, regions: Regions, also: Sequence[tuple[int, int]]) -> Regions:
     """Add ranges to *regions*; with "heap" as ranges, where the heap lies now."""
     if regions == "anon" or not also:
         return regions
     if regions == "heap":
-        heap = [vma for vma in vmas if vma.path == "[heap]"]
+        heap = vmas.only(_is_heap(vmas))
         regions = tuple((vma.start, (vma.end - vma.start) >> PAGE_SHIFT) for vma in heap)
     return (*regions, *also)
 

@@ -28,10 +28,19 @@ class Spans:
 
     def __init__(self, ranges: Iterable[tuple[int, int]]) -> None:
         table = np.fromiter(chain.from_iterable(ranges), np.uint64).reshape(-1, 2)
-        self.starts: U64 = table[:, 0]
-        self.ends: U64 = table[:, 1]
-        if np.any(self.starts[1:] < self.ends[:-1]):
+        self._take(table[:, 0], table[:, 1])
+
+    @classmethod
+    def of(cls, starts: U64, ends: U64) -> Spans:
+        """Take columns."""
+        spans = cls.__new__(cls)
+        spans._take(starts, ends)
+        return spans
+
+    def _take(self, starts: U64, ends: U64) -> None:
+        if np.any(starts[1:] < ends[:-1]):
             raise ValueError("ranges overlap, or are not in order")
+        self.starts, self.ends = starts, ends
 
     def __len__(self) -> int:
         return int(self.starts.size)

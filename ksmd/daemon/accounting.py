@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from ksmd.core.ledger import Ledger, Sharing, count_sharing
 from ksmd.core.pagehash import distinct
 from ksmd.core.spans import NEAR_PAGES, Spans
-from ksmd.daemon.state import Mapping, Target
+from ksmd.daemon.state import Merged, Target
 from ksmd.daemon.targets import Targets
 from ksmd.guard.client import Pager
 from ksmd.kernel import procfs
@@ -111,7 +111,7 @@ class Accounting:
         must have been read since the last plan was carried out.
         """
         self.owes_memory = False
-        used = {mapping.extent.map.inode for target in self._targets for mapping in target.mappings}
+        used = {e.map.inode for target in self._targets for e in target.mappings.extents}
         for domain in self._targets.domains.values():
             unused = [e for e in domain.store.extents.values() if e.map.inode not in used]
             if not unused:
@@ -134,14 +134,14 @@ def _groups(pages: NDArray[np.uint64]) -> Iterator[tuple[int, int]]:
     yield from zip(first.tolist(), (last + np.uint64(1)).tolist(), strict=True)
 
 
-def _sites(pagemap: PageMap, mappings: Sequence[Mapping]) -> tuple[NDArray[np.void], int]:
+def _sites(pagemap: PageMap, merged: Merged) -> tuple[NDArray[np.void], int]:
     """Give the store pages that our mappings still show (SITES), and how many were written."""
-    ordered = sorted(mappings, key=lambda mapping: mapping.vma.start)
-    spans = Spans((m.vma.start >> PAGE_SHIFT, m.vma.end >> PAGE_SHIFT) for m in ordered)
-    number = np.array([mapping.extent.number for mapping in ordered], np.uint64)
-    npages = np.array([mapping.extent.npages for mapping in ordered], np.int64)
+    shift = np.uint64(PAGE_SHIFT)
+    spans = Spans.of(merged.vmas.starts >> shift, merged.vmas.ends >> shift)
+    number = merged.of_vmas(lambda extent: extent.number).astype(np.uint64)
+    npages = merged.of_vmas(lambda extent: extent.npages)
     # the extent's page index at the first page of each VMA
-    index = np.array([m.extent.index(m.vma.offset) for m in ordered], np.int64)
+    index = (merged.vmas.offsets >> shift).astype(np.int64)
     parts: list[NDArray[np.void]] = []
     written = 0
     for start, end in spans.groups():

@@ -27,14 +27,13 @@ from ksmd.core.selection import Selected, select
 from ksmd.daemon.bequest import STEP_PAGES, ExtentLabel, TargetLabel
 from ksmd.daemon.journal import fields
 from ksmd.daemon.pipeline import Pipeline
-from ksmd.daemon.state import Target
-from ksmd.daemon.targets import STORE_PATH
+from ksmd.daemon.state import STORE_PATH, Target
 from ksmd.daemon.unguarded import is_extent
 from ksmd.guard import door, shadow
 from ksmd.guard.client import SUCCESSOR, Pager
 from ksmd.guard.held import KeptExtent
 from ksmd.guard.line import PagerGoneError, PagerRefusedError
-from ksmd.kernel import memfd, procfs, userfaultfd
+from ksmd.kernel import maps, memfd, procfs, userfaultfd
 from ksmd.kernel.iouring import PinRing
 from ksmd.model.errors import KsmdError, TargetGoneError
 from ksmd.model.units import PAGE_SHIFT
@@ -217,7 +216,7 @@ class Adoption:
         if not procfs.is_same(label.process):
             raise KsmdError("its process is gone, and another one holds its memory")
         process = procfs.process_info(label.pid)
-        vmas = procfs.maps(label.pid)
+        vmas = list(maps.maps(label.pid))
         if any(vma.inode in self._left for vma in vmas):
             raise KsmdError("it maps an extent that could not be adopted")
         if self._pager.recalled and any(self._is_lost(label.pid, vma) for vma in vmas):
@@ -352,4 +351,4 @@ class Adoption:
 
 
 def _maps(target: Target, extent: Extent) -> bool:
-    return any(mapping.extent is extent for mapping in target.mappings)
+    return any(one is extent for one in target.mappings.extents)

@@ -152,7 +152,8 @@ def _any_alone(target: Target, records: Records) -> bool:
     """
     if int(records["length"].min()) == PAGE_SIZE:
         return True
-    single = [area.start for area in target.areas if area.vma.end - area.vma.start == PAGE_SIZE]
-    ends = records["start"] + records["length"]
-    held = Spans(sorted(zip(records["start"].tolist(), ends.tolist(), strict=True)))
-    return bool(held.find(np.array(single, np.uint64))[1].any())
+    areas = target.areas
+    single = (areas.vmas.ends - areas.vmas.starts == PAGE_SIZE)[areas.which]
+    ordered = records[np.argsort(records["start"])]
+    held = Spans.of(ordered["start"], ordered["start"] + ordered["length"])
+    return bool(held.find(areas.starts[single])[1].any())

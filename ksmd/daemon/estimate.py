@@ -25,7 +25,7 @@ from ksmd.core.checksum import Checksummer, sums64_of
 from ksmd.core.eligibility import areas
 from ksmd.core.estimate import Estimate, TargetPages, estimate
 from ksmd.core.selection import Regions, select
-from ksmd.kernel import pageentries, procfs, risks
+from ksmd.kernel import maps, pageentries, procfs, risks
 from ksmd.kernel.memory import PIECE, Memory
 from ksmd.kernel.pagemap import PageMap
 from ksmd.model.errors import KsmdError, PrivilegeError, TargetGoneError
@@ -170,7 +170,7 @@ def _look(candidate: _Candidate, checksummer: Checksummer, vma_percent: int) -> 
     with Memory(pid) as memory, PageMap(pid) as pagemap:
         if not procfs.is_same(candidate.process.id):
             raise TargetGoneError(f"process {pid} is gone")
-        vmas = procfs.smaps(pid)
+        vmas = maps.smaps(pid)
         allowed, refused = areas(vmas, candidate.regions)
         for one in refused:
             if one.reason is not Reason.NOT_MAPPED:

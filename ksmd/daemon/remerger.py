@@ -58,8 +58,7 @@ class Remerger:
     def _equal_again(self, domain: Domain, target: Target) -> dict[int, list[Record]]:
         found: dict[int, list[Record]] = defaultdict(list)
         self._targets.read_mappings(target, flags=True)
-        for mapping in target.mappings:
-            vma, extent = mapping.vma, mapping.extent
+        for vma, extent in target.mappings:
             if extent.number not in domain.store.extents or vma.flags & _NEVER_AGAIN:
                 continue
             if not vma.perms.startswith("rw-"):

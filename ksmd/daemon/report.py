@@ -202,8 +202,7 @@ def _area(start: int, end: int, perms: str, path: str) -> dict[str, Any]:
 def _areas(target: Target, start: int) -> list[dict[str, Any]]:
     """Tell the ranges that begin at *start* or after it, ascending; no two begin at one address."""
     found = []
-    for mapping in target.mappings:
-        vma = mapping.vma
+    for vma, _ in target.mappings:
         if vma.start < start:
             continue
         _, npages, shared = target.pagemap.sharing(vma.start, vma.end)
@@ -237,10 +236,10 @@ def _state(target: Target, address: int, areas: list[dict[str, Any]]) -> str:
     if not areas or areas[0]["reason"]:
         return "refused"
     page = address >> PAGE_SHIFT
-    for mapping in target.mappings:
-        if mapping.vma.start <= address < mapping.vma.end:
-            shared, _ = target.pagemap.still_shared(page << PAGE_SHIFT, (page + 1) << PAGE_SHIFT)
-            return "merged" if len(shared) else "volatile"
+    merged = target.mappings.vmas
+    if np.any((merged.starts <= address) & (address < merged.ends)):
+        shared, _ = target.pagemap.still_shared(page << PAGE_SHIFT, (page + 1) << PAGE_SHIFT)
+        return "merged" if len(shared) else "volatile"
     if page in target.zeros:
         return "zero"
     present = target.pagemap.present(page << PAGE_SHIFT, (page + 1) << PAGE_SHIFT, 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import secrets
+from collections.abc import Callable, Collection, Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 from ksmd.core.checksum import Checksummer, sums_of
 from ksmd.core.digest import HeadDigest, Sha1Cache
-from ksmd.core.eligibility import RefusedRange
+from ksmd.core.eligibility import RefusedRanges
 from ksmd.core.ledger import StopTimes
 from ksmd.core.price import WindowPrice, all_prices
 from ksmd.core.selection import Selected
@@ -25,7 +26,8 @@ from ksmd.kernel.pagemap import PageMap
 from ksmd.model.process import TargetId
 from ksmd.model.refusal import Reason
 from ksmd.model.tables import SITES
-from ksmd.model.vma import Area, Vma
+from ksmd.model.vma import Kind, Vma
+from ksmd.model.vmas import Areas, Vmas
 from ksmd.model.window import Op
 from ksmd.remap.engine import TargetContexts
 from ksmd.remap.store import Extent, Keeper, Store
@@ -47,6 +49,8 @@ PASSING = frozenset(
         Reason.NO_GUARD,
     }
 )
+#: What maps shows of the store, before the domain's name.
+STORE_PATH = "/memfd:ksmd-"
 _FIRST_PAUSE_SECS = 5.0
 _MISSES = 4
 _DIGEST_ENTRY = 32  # bytes; entries that were never used take no memory
@@ -60,12 +64,49 @@ class Tell(Protocol):
         """Tell it."""
 
 
-@dataclass(frozen=True, slots=True)
-class Mapping:
-    """One of our mappings in a target: a VMA, and the extent that it shows."""
+class Merged:
+    """Our mappings in a target: VMAs as columns, ascending, and the extents that they show."""
 
-    vma: Vma
-    extent: Extent
+    def __init__(self, vmas: Vmas, extents: Mapping[int, Extent]) -> None:
+        """Take those VMAs that show any of *extents*, by inode."""
+        self.vmas = vmas.only(vmas.where(lambda kind: is_ours(kind, extents)))
+        used = np.unique(self.vmas.kind).tolist()
+        self._extents = {number: extents[self.vmas.kinds[number].inode] for number in used}
+
+    def __len__(self) -> int:
+        return len(self.vmas)
+
+    def __iter__(self) -> Iterator[tuple[Vma, Extent]]:
+        extents = map(self._extents.__getitem__, self.vmas.kind.tolist())
+        return zip(self.vmas, extents, strict=True)
+
+    def by_extent(self) -> Iterator[tuple[Extent, Vmas]]:
+        """Give the mappings of one extent after the other."""
+        inodes = {extent.map.inode: extent for extent in self._extents.values()}
+        for inode, extent in inodes.items():
+            yield extent, self.vmas.of_file(inode)
+
+    @property
+    def extents(self) -> Collection[Extent]:
+        """Those that any mapping shows."""
+        return self._extents.values()
+
+    @property
+    def nbytes(self) -> int:
+        """Their length in all."""
+        return int((self.vmas.ends - self.vmas.starts).sum())
+
+    def of_vmas(self, what: Callable[[Extent], int]) -> NDArray[np.int64]:
+        """Give for each mapping what *what* says of its extent."""
+        found = np.zeros(len(self.vmas.kinds), np.int64)
+        for number, extent in self._extents.items():
+            found[number] = what(extent)
+        return found[self.vmas.kind]
+
+
+def is_ours(vma: Kind | Vma, inodes: Container[int]) -> bool:
+    """Whether a mapping is ours, by the extents that there are."""
+    return vma.inode in inodes and vma.path.startswith(STORE_PATH)
 
 
 @dataclass(slots=True)
@@ -76,9 +117,9 @@ class Target:
     selected: Selected
     memory: Memory
     pagemap: PageMap
-    areas: list[Area] = field(default_factory=list)
-    ground: Ground = field(default_factory=lambda: Ground.of(()))  # the areas as columns
-    refused_ranges: list[RefusedRange] = field(default_factory=list)
+    areas: Areas = field(default_factory=lambda: Areas.of(()))
+    ground: Ground = field(default_factory=lambda: Ground.of(Areas.of(())))  # the areas' pages
+    refused_ranges: RefusedRanges = field(default_factory=RefusedRanges.none)
     contexts: TargetContexts | None = None
     refused: Reason | None = None
     detail: str = ""
@@ -95,12 +136,13 @@ class Target:
     rest_secs: float = 0.0
     anonymous: int = 0  # pages that are no file's, at the last count
     vmas: int = 0
+    flagged: Vmas = field(default_factory=lambda: Vmas.of(()))  # all, as they were with VmFlags
     known_areas: int = 0  # what maps was when the areas were read last
     known_mappings: int = 0  # and when what is merged was
     flags_read: float = -math.inf  # monotonic seconds
     huge: bool = False  # it had huge pages, when that was looked at last
     handles_faults: bool = False  # by a userfaultfd of its own, when its maps were read last
-    mappings: list[Mapping] = field(default_factory=list)
+    mappings: Merged = field(default_factory=lambda: Merged(Vmas.of(()), {}))
     sites: NDArray[np.void] = field(default_factory=lambda: np.empty(0, SITES))
     broken: int = 0
     cow_breaks: int = 0

@@ -16,14 +16,15 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 from ksmd.core.eligibility import areas
+from ksmd.core.inherit import flagged_as_before
 from ksmd.core.selection import Selected, select, united
 from ksmd.core.tables import PageTables
 from ksmd.core.windows import Ground
 from ksmd.daemon.bequest import ExtentLabel
-from ksmd.daemon.state import Domain, Mapping, Target, Tell
+from ksmd.daemon.state import Domain, Merged, Target, Tell, is_ours
 from ksmd.guard.client import Pager
 from ksmd.guard.held import KeptExtent
-from ksmd.kernel import procfs, risks
+from ksmd.kernel import maps, procfs, risks
 from ksmd.kernel.iouring import PinRing
 from ksmd.kernel.memfd import ExtentMap
 from ksmd.kernel.memory import Memory
@@ -32,14 +33,12 @@ from ksmd.model.errors import KsmdError, PrivilegeError, TargetGoneError
 from ksmd.model.process import ProcessInfo, TargetId
 from ksmd.model.refusal import Reason, Refusal
 from ksmd.model.units import PAGE_SHIFT
-from ksmd.model.vma import Vma
+from ksmd.model.vmas import Vmas
 from ksmd.remap.engine import TargetContexts
 from ksmd.remap.store import Extent
 from ksmd.settings import Settings
 from ksmd.settings.models import TableSizes
 
-#: What maps shows of the store, before the domain's name.
-STORE_PATH = "/memfd:ksmd-"
 #: What is registered of one process, or of all (None): one entry for each process.
 Registered = Callable[[TargetId | None], Iterable[Selected]]
 #: VmFlags of memory that is registered with a userfaultfd: missing, write-protected, minor.
@@ -295,7 +294,7 @@ class Targets:
 
         *flags*: with VmFlags, which takes the kernel some milliseconds for a GiB.
         """
-        read = procfs.smaps if flags else procfs.maps
+        read = maps.smaps if flags else maps.maps
         self._take_mappings(target, read(target.pid, target.memory.tid))
 
     def recall_mappings(self, target: Target) -> None:
@@ -303,42 +302,49 @@ class Targets:
         text = procfs.maps_text(target.pid, target.memory.tid)
         known = self._known(text)
         if known != target.known_mappings:
-            self._take_mappings(target, procfs.disjoint(procfs.parse_maps(text)), known)
+            self._take_mappings(target, maps.disjoint(maps.parse_maps(text)), known)
 
-    def _take_mappings(self, target: Target, vmas: list[Vma], known: int = 0) -> None:
+    def _take_mappings(self, target: Target, vmas: Vmas, known: int = 0) -> None:
         """Note what is merged; *known* is what maps was, 0 where it was not read for that."""
-        extents = self.extents_by_inode()
         target.vmas, target.known_mappings = len(vmas), known
-        target.mappings = [
-            Mapping(vma, extents[vma.inode]) for vma in vmas if _is_ours(vma, extents)
-        ]
+        target.mappings = Merged(vmas, self.extents_by_inode())
 
     def read_areas(self, target: Target, *, max_age: float = 0.0) -> None:
         """Read the target's maps: what may be scanned, what not, and what is merged.
 
-        Where maps is as it was, flags that are no older than *max_age*, in seconds, are taken to be
-        so, too: they do not show in maps, and with them the kernel looks at every page.
+        What maps shows as it was, or as parts of what was, has the flags that it had, if those are
+        no older than *max_age*, in seconds: they do not show in maps, and to give them the kernel
+        looks at every page.
         """
-        now = time.monotonic()
+        now, extents = time.monotonic(), self.extents_by_inode()
+        vmas: Vmas | None = None
         try:
-            known = self._known(procfs.maps_text(target.pid))
-            if known == target.known_areas and now - target.flags_read < max_age:
-                target.memory.may_pin &= not self._may_wait(target)
-                return
-            vmas = procfs.smaps(target.pid)
+            text = procfs.maps_text(target.pid)
+            known = self._known(text)
+            if now - target.flags_read < max_age:
+                if known == target.known_areas:
+                    target.memory.may_pin &= not self._may_wait(target)
+                    return
+                vmas = flagged_as_before(
+                    maps.disjoint(maps.parse_maps(text)),
+                    target.flagged,
+                    ours=lambda kind: is_ours(kind, extents),
+                )
+            if vmas is None:
+                target.flags_read = now
+                vmas = maps.smaps(target.pid)
         except TargetGoneError:
             self.drop(target)
             return
-        extents = self.extents_by_inode()
         target.recount_at = 0.0 if known != target.known_areas else target.recount_at
-        target.flags_read, target.known_areas = now, known
+        target.known_areas, target.flagged = known, vmas
         self._take_mappings(target, vmas, known)
-        others = {vma.flags for vma in vmas if not _is_ours(vma, extents)}
+        others = {kind.flags for kind in vmas.kinds if not is_ours(kind, extents)}
         target.handles_faults = any(flags & _FAULT_FLAGS for flags in others)
         target.memory.may_pin = not (target.handles_faults or self._may_wait(target))
         target.areas, target.refused_ranges = areas(
             vmas, target.selected.regions, also=target.selected.also,
-            merged_by_us=lambda vma: _is_ours(vma, extents),
+            merged_by_us=lambda kind: is_ours(kind, extents),
         )  # fmt: skip
         target.ground = Ground.of(target.areas)
 
@@ -358,16 +364,10 @@ class Targets:
         counts: Counter[Reason] = Counter(refusal.reason for refusal in self.refusals)
         counts[Reason.UNGUARDED] = self.unguarded
         for target in self:
-            for refused in target.refused_ranges:
-                counts[refused.reason] += refused.npages
+            counts.update(target.refused_ranges.pages())
             if target.refused is not None:
                 counts[target.refused] += 1
         return counts
-
-
-def _is_ours(vma: Vma, extents: dict[int, Extent]) -> bool:
-    """Whether a mapping is ours, by the extent that it shows."""
-    return vma.inode in extents and vma.path.startswith(STORE_PATH)
 
 
 class PagerKeeper:

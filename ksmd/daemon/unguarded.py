@@ -28,12 +28,11 @@ from pathlib import Path
 
 from ksmd.core.price import WindowPrice
 from ksmd.core.selection import Selected
-from ksmd.core.windows import columns, windows_of
+from ksmd.core.windows import unmerge_records, windows_of
 from ksmd.daemon.prepare import refuse_early
-from ksmd.daemon.state import PASSING, Target
-from ksmd.daemon.targets import STORE_PATH, Targets
-from ksmd.daemon.unmerger import UNMERGE_BYTES
-from ksmd.kernel import memfd, procfs, risks
+from ksmd.daemon.state import PASSING, STORE_PATH, Target
+from ksmd.daemon.targets import Targets
+from ksmd.kernel import maps, memfd, procfs, risks
 from ksmd.kernel.memory import Memory
 from ksmd.kernel.pagemap import PageMap
 from ksmd.model.errors import KsmdError, TargetGoneError
@@ -41,7 +40,8 @@ from ksmd.model.process import TargetId
 from ksmd.model.refusal import Reason
 from ksmd.model.units import PAGE_SHIFT
 from ksmd.model.vma import Vma
-from ksmd.model.window import Op, Record, WindowRequest
+from ksmd.model.vmas import Vmas
+from ksmd.model.window import Op, WindowRequest
 from ksmd.remap.engine import Engine, RefusedTargetError
 from ksmd.remap.store import MEMORY_RESERVE
 
@@ -60,12 +60,12 @@ class Unguarded:
     """A process, and those of its mappings of the store that nobody guards."""
 
     process: TargetId
-    vmas: tuple[Vma, ...]
+    vmas: Vmas
 
     @property
     def npages(self) -> int:
         """Their pages."""
-        return sum(vma.end - vma.start for vma in self.vmas) >> PAGE_SHIFT
+        return int((self.vmas.ends - self.vmas.starts).sum()) >> PAGE_SHIFT
 
 
 class Rescue:
@@ -139,17 +139,11 @@ class Rescue:
     def _windows(self, one: Unguarded) -> Iterator[float]:
         window = self._targets.settings.window
         self._refuse_early(one.process)
-        limit = min(UNMERGE_BYTES, window.max_pages << PAGE_SHIFT)
         price = WindowPrice(Op.UNMERGE)
-        for inode in {vma.inode for vma in one.vmas}:
-            records = [
-                Record(Op.UNMERGE, at, min(limit, vma.end - at), vma.offset + at - vma.start)
-                for vma in one.vmas
-                if vma.inode == inode
-                for at in range(vma.start, vma.end, limit)
-            ]
+        for inode in {kind.inode for kind in one.vmas.kinds}:
+            records = unmerge_records(one.vmas.of_file(inode), None, window.max_pages)
             for batch in windows_of(
-                columns(records), window.max_runs, window.max_pages, price, window.stop_ms
+                records, window.max_runs, window.max_pages, price, window.stop_ms
             ):
                 request = WindowRequest(one.process, batch, inode, window.deadline_ms)
                 done = self._engine.window(request, None)
@@ -175,15 +169,15 @@ def look(pid: int) -> Unguarded | None:
     process = procfs.target_id(pid)
     if procfs.status_fields(pid).get("TracerPid", "0") != "0":
         return None
-    vmas = tuple(
+    vmas = Vmas.of(
         vma
-        for vma in procfs.smaps(pid)
+        for vma in maps.smaps(pid)
         if vma.path.startswith(STORE_PATH)
         and vma.perms[3] == "p"
         and not vma.flags & _GUARDED
         and is_extent(pid, vma)
     )
-    return Unguarded(process, vmas) if vmas else None
+    return Unguarded(process, vmas) if len(vmas) else None
 
 
 def is_extent(pid: int, vma: Vma) -> bool:

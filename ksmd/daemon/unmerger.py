@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from ksmd.core.windows import advice_of, columns, windows_of
+import numpy as np
+
+from ksmd.core.spans import Spans
+from ksmd.core.windows import unmerge_records, windows_of
 from ksmd.daemon.accounting import Accounting
 from ksmd.daemon.journal import fields
 from ksmd.daemon.merger import Merger
@@ -25,14 +27,11 @@ from ksmd.kernel import risks
 from ksmd.model.errors import KsmdError, TargetGoneError
 from ksmd.model.refusal import Reason
 from ksmd.model.units import PAGE_SHIFT, PAGE_SIZE
-from ksmd.model.window import Op, Record
+from ksmd.model.window import Op
 from ksmd.remap.engine import Engine
-from ksmd.remap.store import MEMORY_RESERVE, Extent
+from ksmd.remap.store import MEMORY_RESERVE
 
 log = logging.getLogger(__name__)
-
-#: The longest range that is given back as one: some 2 ms.
-UNMERGE_BYTES = 1 << 21
 
 _TRIES = 20
 _PAUSE_SECS = 0.1
@@ -120,7 +119,7 @@ class Unmerger:
             yield UnmergeResult()
 
     def _settle(self, target: Target, result: UnmergeResult) -> None:
-        left = sum(m.vma.end - m.vma.start for m in target.mappings) >> PAGE_SHIFT
+        left = target.mappings.nbytes >> PAGE_SHIFT
         if left:
             result.left += left
             result.reason = target.refused or Reason.WINDOW_FAILED
@@ -148,20 +147,12 @@ class Unmerger:
             return
         self._targets.read_mappings(target, flags=True)
         window = self._targets.settings.window
-        limit = min(UNMERGE_BYTES, window.max_pages << PAGE_SHIFT)
-        by_extent: dict[int, tuple[Extent, list[Record]]] = defaultdict()
-        for mapping in target.mappings:
-            extent, vma = mapping.extent, mapping.vma
-            records = by_extent.setdefault(extent.number, (extent, []))[1]
-            whole = [(vma.start, vma.end)]
-            for low, high in whole if spans is None else spans.within(vma.start, vma.end):
-                for start in range(low, high, limit):
-                    length, offset = min(limit, high - start), vma.offset + start - vma.start
-                    records.append(Record(Op.UNMERGE, start, length, offset, advice_of(vma.flags)))
+        where = None if spans is None else _pages(spans)
         price = target.prices[Op.UNMERGE]
-        for extent, records in by_extent.values():
+        for extent, vmas in target.mappings.by_extent():
+            records = unmerge_records(vmas, where, window.max_pages)
             for batch in windows_of(
-                columns(records), window.max_runs, window.max_pages, price, window.stop_ms
+                records, window.max_runs, window.max_pages, price, window.stop_ms
             ):
                 if target.contexts is None:
                     return  # given back by somebody else, between two windows
@@ -187,5 +178,11 @@ def _check_memory(needed: int) -> None:
 
 
 def _merged_bytes(target: Target, spans: Intervals) -> int:
-    found = [spans.within(m.vma.start, m.vma.end) for m in target.mappings]
-    return sum(high - low for ranges in found for low, high in ranges)
+    merged = target.mappings.vmas
+    low, high = merged.starts >> np.uint64(PAGE_SHIFT), merged.ends >> np.uint64(PAGE_SHIFT)
+    _, _, first, end = _pages(spans).cut(low, high)
+    return int((end - first).sum()) << PAGE_SHIFT
+
+
+def _pages(spans: Intervals) -> Spans:
+    return Spans((low >> PAGE_SHIFT, high >> PAGE_SHIFT) for low, high in spans)

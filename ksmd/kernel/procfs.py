@@ -166,15 +166,12 @@ _MAPS_LINE = re.compile(
     re.DOTALL,
 )
 # The same for a whole text at once: programs may have tens of thousands of mappings.
-_MAPS_ROW = (
+_MAPS_TEXT = re.compile(
     rb"^([0-9a-f]{1,16})-([0-9a-f]{1,16}) ([r-][w-][x-][ps]) ([0-9a-f]{1,16})"
-    rb" ([0-9a-f]{1,8}:[0-9a-f]{1,8}) ([0-9]{1,20})(?: +(.*))?\n"
+    rb" ([0-9a-f]{1,8}:[0-9a-f]{1,8}) ([0-9]{1,20})(?: +(.*))?\n",
+    re.MULTILINE,
 )
-_MAPS_TEXT = re.compile(_MAPS_ROW, re.MULTILINE)
-_SMAPS_TEXT = re.compile(
-    _MAPS_ROW + rb"(?:[A-Z][A-Za-z0-9_]{0,63}:.*\n)*?VmFlags:(.*)\n", re.MULTILINE
-)
-_SMAPS_FIELD = re.compile(rb"[A-Za-z0-9_]{1,64}:")
+_SMAPS_FIELD = re.compile(rb"(?![0-9a-f])[A-Za-z0-9_]{1,64}:")
 _HEX_DIGITS = b"0123456789abcdef"
 
 
@@ -201,20 +198,20 @@ def _vma(line: bytes, number: int) -> Vma:
     return vma
 
 
-def _rows(pattern: re.Pattern[bytes], text: bytes) -> list[Vma] | None:
-    """Parse a text of nothing but what *pattern* matches; None where there is anything else."""
+def _rows(text: bytes) -> list[Vma] | None:
+    """Parse maps where it is as the kernel writes it; None where there is anything else."""
     vmas: list[Vma] = []
     new = tuple.__new__  # as Vma() does, at half the cost
     at = 0
-    for found in pattern.finditer(text):
+    for found in _MAPS_TEXT.finditer(text):
         before, at = at, found.end()
-        low, high, perms, offset, device, inode, path, *flags = found.groups(b"")
+        low, high, perms, offset, device, inode, path = found.groups(b"")
         start, end = int(low, 16), int(high, 16)
         if found.start() != before or start >= end:
             return None
         columns = (
             start, end, _text(perms), int(offset, 16), _device(device), int(inode), _text(path),
-            _flags(*flags),
+            flags(),
         )  # fmt: skip
         vmas.append(new(Vma, columns))
     return vmas if at == len(text) else None
@@ -238,7 +235,7 @@ def parse_maps(text: str | bytes) -> list[Vma]:
     Paths keep the kernel's escapes (``\012`` for a newline) and its " (deleted)".
     """
     text = _bytes(text)
-    vmas = _rows(_MAPS_TEXT, text)
+    vmas = _rows(text)
     if vmas is not None:
         return vmas
     return [_vma(line, number) for number, line in enumerate(text.split(b"\n"), 1) if line]
@@ -250,31 +247,27 @@ def parse_smaps(text: str | bytes) -> list[Vma]:
     A line that is neither mapping nor field, or a field before the first mapping, raises
     ValueError with its number. A mapping without a VmFlags line has no flags.
     """
-    text = _bytes(text)
-    vmas = _rows(_SMAPS_TEXT, text)
-    if vmas is not None:
-        return vmas
-    vmas = []
-    for number, line in enumerate(text.split(b"\n"), 1):
+    vmas: list[Vma] = []
+    for number, line in enumerate(_bytes(text).split(b"\n"), 1):
         # mappings begin with a lower-case digit, fields with a capital: a path may hold ": "
         if line[:1] in _HEX_DIGITS:
             if line:
                 vmas.append(_vma(line, number))
-        elif not vmas or not _SMAPS_FIELD.match(line):
+        elif not vmas or not is_smaps_field(line):
             raise ValueError(f"smaps: line {number} is not a mapping and not a field of one")
         elif line.startswith(b"VmFlags:"):
-            vmas[-1] = _with_flags(vmas[-1], line[8:])
+            vmas[-1] = vmas[-1]._replace(flags=flags(line[8:]))
     return vmas
 
 
-def _with_flags(vma: Vma, flags: bytes) -> Vma:
-    return Vma(
-        vma.start, vma.end, vma.perms, vma.offset, vma.device, vma.inode, vma.path, _flags(flags)
-    )
+def is_smaps_field(line: bytes) -> bool:
+    """Tell whether a line of smaps is a field of a mapping."""
+    return _SMAPS_FIELD.match(line) is not None
 
 
 @functools.lru_cache(maxsize=256)  # a host knows a few dozen sets of flags
-def _flags(words: bytes = b"") -> frozenset[str]:
+def flags(words: bytes = b"") -> frozenset[str]:
+    """Read what follows "VmFlags:"."""
     return frozenset(os.fsdecode(word) for word in words.split())
 
 
@@ -437,7 +430,12 @@ def maps_text(pid: int, tid: int | None = None) -> bytes:
 
 def smaps(pid: int, tid: int | None = None) -> list[Vma]:
     """Read the mappings with their flags. The kernel walks all page tables for it: some ms/GiB."""
-    return disjoint(parse_smaps(read_file(task_path(pid, "smaps", tid), f"process {pid}")))
+    return disjoint(parse_smaps(smaps_text(pid, tid)))
+
+
+def smaps_text(pid: int, tid: int | None = None) -> bytes:
+    """Read smaps as it is."""
+    return read_file(task_path(pid, "smaps", tid), f"process {pid}")
 
 
 def disjoint(vmas: list[Vma]) -> list[Vma]:

@@ -5,6 +5,16 @@ from __future__ import annotations
 from typing import NamedTuple
 
 
+class Kind(NamedTuple):
+    """What a mapping is, wherever it lies; see :class:`Vma`. Of many mappings few are different."""
+
+    perms: str
+    device: tuple[int, int]
+    inode: int
+    path: str
+    flags: frozenset[str] = frozenset()
+
+
 class Vma(NamedTuple):  # as all that is made tens of thousands of: a dataclass takes twice as long
     """A virtual memory area [start, end), in bytes.
 
@@ -21,6 +31,11 @@ class Vma(NamedTuple):  # as all that is made tens of thousands of: a dataclass 
     inode: int
     path: str
     flags: frozenset[str] = frozenset()
+
+    @property
+    def kind(self) -> Kind:
+        """What it is, without where."""
+        return Kind(self.perms, self.device, self.inode, self.path, self.flags)
 
 
 class Area(NamedTuple):

@@ -13,6 +13,7 @@ from ksmd.daemon.scanner import ScanResult
 from ksmd.daemon.targets import Targets
 from ksmd.guard.client import Pager
 from ksmd.kernel.iouring import PinRing
+from ksmd.model.refusal import Reason
 from ksmd.remap.engine import Engine
 from ksmd.settings import Settings
 
@@ -129,13 +130,24 @@ def test_flags_are_read_again_in_time_to_merge_by_and_maps_whenever_they_change(
             pass
         # (a pass that is asked for begins by reading them)
         assert merge(pipeline, asked=False).merged == 0, "one is locked, and the other is alone"
-        assert here.areas == []
+        assert not len(here.areas)
         one.ask(f"libc.munlock(ctypes.c_void_p({one.ready}), {NPAGES} * PAGE)")
         list(refresh())
         assert [area.start for area in here.areas] == [one.ready]
         one.ask(f"libc.munmap(ctypes.c_void_p({one.ready} + 8 * PAGE), PAGE)")
         list(refresh(if_changed=True))
         assert len(here.areas) == 2
+        # what is left of a mapping passes for what it was, but nothing is merged by that
+        first = f"libc.mlock(ctypes.c_void_p({one.ready}), 8 * PAGE)"
+        assert one.ask(first) == 0
+        one.ask(f"libc.munmap(ctypes.c_void_p({one.ready} + 16 * PAGE), PAGE)")
+        list(refresh(if_changed=True))
+        assert len(here.areas) == 3
+        for _ in pipeline.scanner.full_scan(1 << 20, ScanResult(), eager=True):
+            pass
+        merge(pipeline, asked=False)
+        assert len(here.areas) + len(here.mappings) == 2
+        assert here.refused_ranges.pages()[Reason.LOCKED] == 8
 
 
 def test_what_is_merged_is_known_anew_when_maps_is_as_it_was_once_before(
@@ -149,13 +161,13 @@ def test_what_is_merged_is_known_anew_when_maps_is_as_it_was_once_before(
         targets = pipeline.targets
         here = next(target for target in targets if target.pid == one.pid)
         targets.recall_mappings(here)
-        before = [mapping.vma for mapping in here.mappings]
+        before = list(here.mappings.vmas)
         assert before
         assert {vma.perms for vma in before} == {"rw-p"}
         protect = f"libc.mprotect(ctypes.c_void_p({one.ready}), {NPAGES} * PAGE, %d)"
         assert one.ask(protect % 1) == 0
         targets.read_mappings(here)
-        assert {mapping.vma.perms for mapping in here.mappings} == {"r--p"}
+        assert {vma.perms for vma in here.mappings.vmas} == {"r--p"}
         assert one.ask(protect % 3) == 0
         targets.recall_mappings(here)
-        assert [mapping.vma for mapping in here.mappings] == before
+        assert list(here.mappings.vmas) == before

@@ -12,6 +12,7 @@ from ksmd.core.eligibility import areas, refusal_of
 from ksmd.model.refusal import Reason
 from ksmd.model.units import PAGE_SIZE
 from ksmd.model.vma import Area, Vma
+from ksmd.model.vmas import Vmas
 
 FLAGS = frozenset(("rd", "wr", "mr", "mw", "me", "ac"))
 Pages = Counter[int]
@@ -48,7 +49,7 @@ def test_explicit_ranges_are_covered_exactly_once_with_the_right_answer(
     vmas: list[Vma], spans: list[tuple[int, int]]
 ) -> None:
     regions = tuple((first * PAGE_SIZE, npages) for first, npages in spans)
-    allowed, refused = areas(vmas, regions, merged_by_us=lambda vma: vma.inode == 77)
+    allowed, refused = areas(Vmas.of(vmas), regions, merged_by_us=lambda vma: vma.inode == 77)
     owner = {p: v for v in vmas for p in range(v.start // PAGE_SIZE, v.end // PAGE_SIZE)}
     wanted = {p for first, npages in spans for p in range(first, first + npages)}
     ours = {p for p in wanted if p in owner and owner[p].inode == 77}
@@ -67,7 +68,7 @@ def test_explicit_ranges_are_covered_exactly_once_with_the_right_answer(
 
 @given(address_spaces())
 def test_anon_covers_every_vma_exactly_once(vmas: list[Vma]) -> None:
-    allowed, refused = areas(vmas, "anon")
+    allowed, refused = areas(Vmas.of(vmas), "anon")
     got = pages([(a.start, a.end) for a in allowed])
     said = pages([(r.start, r.start + r.npages * PAGE_SIZE) for r in refused])
     assert got + said == pages([(v.start, v.end) for v in vmas])

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
+
 import pytest
 
-from ksmd.core.eligibility import HARMLESS_FLAGS, RefusedRange, areas, detail_of, refusal_of
+from ksmd.core import eligibility
+from ksmd.core.eligibility import HARMLESS_FLAGS, RefusedRange, detail_of, refusal_of
+from ksmd.core.selection import Regions
 from ksmd.model.refusal import Reason
 from ksmd.model.units import PAGE_SIZE
-from ksmd.model.vma import Area, Vma
+from ksmd.model.vma import Area, Kind, Vma
+from ksmd.model.vmas import Vmas
 
 PLAIN = "rd wr mr mw me ac"
 EVERY_FLAG = [  # show_smap_vma_flags(), all architectures, up to 6.19
@@ -137,6 +143,18 @@ VMAS = [HEAP, FILE, ANON, LOCKED]
 
 def whole(of: Vma) -> Area:
     return Area(of.start, of.end, of)
+
+
+def areas(
+    vmas: list[Vma], regions: Regions, **ours: Callable[[Kind], bool]
+) -> tuple[list[Area], list[RefusedRange]]:
+    allowed, refused = eligibility.areas(Vmas.of(vmas), regions, **ours)
+    assert (len(allowed), len(refused)) == (len(list(allowed)), len(list(refused)))
+    counted: Counter[Reason] = Counter()
+    for one in refused:
+        counted[one.reason] += one.npages
+    assert counted == refused.pages()
+    return list(allowed), list(refused)
 
 
 def test_anon_means_every_eligible_vma_and_refuses_the_rest_by_name() -> None:

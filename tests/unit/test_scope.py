@@ -8,6 +8,7 @@ from ksmd.core.eligibility import areas
 from ksmd.core.scope import Scope, clip, within
 from ksmd.core.tables import Members
 from ksmd.model.vma import Area, Vma
+from ksmd.model.vmas import Vmas
 
 PAGE = 4096
 ZERO = 1
@@ -97,7 +98,7 @@ def test_registered_ranges_are_covered_besides_what_a_rule_selects():
     also = ((12 * PAGE, 2), (35 * PAGE, 20))
 
     def covered(regions) -> list[tuple[int, int]]:
-        allowed, _ = areas(vmas, regions, also=also)
+        allowed, _ = areas(Vmas.of(vmas), regions, also=also)
         return [(a.start // PAGE, a.end // PAGE) for a in allowed]
 
     assert covered(()) == [(12, 14), (35, 40), (50, 55)]

@@ -7,16 +7,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ksmd.core.price import WindowPrice
+from ksmd.core.spans import Spans
 from ksmd.core.windows import (
     Ground,
     merge_records,
     pages_of,
     spans,
+    unmerge_records,
     windows_of,
     zero_records,
 )
 from ksmd.model.tables import RUN, SPAN
 from ksmd.model.vma import Area, Vma
+from ksmd.model.vmas import Areas, Vmas
 from ksmd.model.window import Advice, Op
 
 PAGE = 4096
@@ -49,7 +52,7 @@ def test_every_page_of_a_run_that_lies_in_an_area_comes_once_at_its_place_and_no
             7,
             1000 + first,
         )
-    records = merge_records(table, Ground.of(where), 8)
+    records = merge_records(table, Ground.of(Areas.of(where)), 8)
     places: dict[int, int] = {}
     for batch in windows_of(records, 4, 8, WindowPrice(Op.MERGE), 1000):
         assert 0 < len(batch) <= 4
@@ -78,7 +81,7 @@ def test_zero_runs_are_cut_at_the_same_borders_and_need_no_extent(
         row["page"], row["npages"] = first, end - first
     where = [area(*pair) for pair in ranges(areas)]
     found: list[int] = []
-    records = zero_records(table, Ground.of(where), 4096)
+    records = zero_records(table, Ground.of(Areas.of(where)), 4096)
     for batch in windows_of(records, 400, 4096, WindowPrice(Op.ZERO), 1000):
         for op, start, length, offset, _ in batch.tolist():
             assert (op, offset) == (Op.ZERO, 0)
@@ -91,7 +94,7 @@ def test_zero_runs_are_cut_at_the_same_borders_and_need_no_extent(
 def test_long_runs_are_cut_where_huge_pages_begin() -> None:
     table = np.zeros(1, RUN)
     table["page"], table["npages"], table["index"] = 1000, 1500, 7
-    records = merge_records(table, Ground.of([area(0, 5000)]), 2048)
+    records = merge_records(table, Ground.of(Areas.of([area(0, 5000)])), 2048)
     found = np.stack([records[name] // PAGE for name in ("start", "length", "offset")], axis=1)
     assert found.tolist() == [[1000, 24, 7], [1024, 512, 31], [1536, 512, 543], [2048, 452, 1055]]
 
@@ -101,7 +104,37 @@ def test_what_is_merged_takes_along_what_was_said_of_huge_pages_and_dropped_zero
     runs, zeros = np.zeros(1, RUN), np.zeros(1, SPAN)
     runs["page"], runs["npages"] = 5, 20
     zeros["page"], zeros["npages"] = 5, 20
-    records = merge_records(runs, Ground.of(where), 4096)
+    records = merge_records(runs, Ground.of(Areas.of(where)), 4096)
     assert records["start"].tolist() == [5 * PAGE, 10 * PAGE, 20 * PAGE]
     assert records["advice"].tolist() == [Advice.HUGEPAGE, Advice.NOHUGEPAGE, Advice.NONE]
-    assert not zero_records(zeros, Ground.of(where), 4096)["advice"].any()
+    assert not zero_records(zeros, Ground.of(Areas.of(where)), 4096)["advice"].any()
+
+
+def test_what_is_given_back_is_cut_and_keeps_its_offsets_and_what_was_said_of_it() -> None:
+    """The second mapping is longer than a huge page, and begins in the middle of one."""
+    mappings = Vmas.of(
+        [
+            Vma(2 * PAGE, 4 * PAGE, "rw-p", 7 * PAGE, (0, 1), 9, "/memfd:ksmd-x"),
+            Vma(500 * PAGE, 1500 * PAGE, "rw-p", 0, (0, 1), 9, "/memfd:ksmd-x", frozenset({"nh"})),
+        ]
+    )
+
+    def shape(spans: Spans | None) -> list[tuple[int, int, int, int]]:
+        records = unmerge_records(mappings, spans, 4096)
+        assert (records["op"] == Op.UNMERGE).all()
+        columns = (records[name] // PAGE for name in ("start", "length", "offset"))
+        return list(zip(*(c.tolist() for c in columns), records["advice"].tolist(), strict=True))
+
+    kept = int(Advice.NOHUGEPAGE)
+    assert shape(None) == [
+        (2, 2, 7, 0),
+        (500, 12, 0, kept),
+        (512, 512, 12, kept),
+        (1024, 476, 524, kept),
+    ]
+    assert shape(Spans([(0, 3), (510, 514), (1600, 1700)])) == [
+        (2, 1, 7, 0),
+        (510, 2, 10, kept),
+        (512, 2, 12, kept),
+    ]
+    assert shape(Spans([])) == []
