@@ -8,6 +8,7 @@ for byte in the stop window.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,12 +70,7 @@ def without_lonely(users: list[User], extent: Extent, refused: Counter[Reason]) 
 
     That is what is left of two contents with one checksum: nobody is stopped for that.
     """
-    steps = np.zeros(extent.npages + 1, np.int64)
-    for _, _, records in users:
-        first, end = _places(extent, records)
-        np.add.at(steps, first, 1)
-        np.add.at(steps, end, -1)
-    shared = np.concatenate(([0], np.cumsum(np.cumsum(steps[:-1]) > 1)))
+    shared = np.concatenate(([0], np.cumsum(_users_of_pages(users, extent) > 1)))
     kept = []
     for target, ground, records in users:
         first, end = _places(extent, records)
@@ -82,6 +78,30 @@ def without_lonely(users: list[User], extent: Extent, refused: Counter[Reason]) 
         refused[Reason.DIGEST] += int((end - first)[lonely].sum())
         kept.append((target, ground, records[~lonely]))
     return kept
+
+
+def strangers(
+    runs: NDArray[np.void], users: list[User], extent: Extent
+) -> NDArray[np.uint32]:
+    """Give the checksums of single pages of *extent* that no two of *users* have after all.
+
+    *runs* is what was planned. A run of several pages may have failed because of any of them.
+    """
+    slots = np.array([target.slot for target, _, _ in users], np.uint32)
+    single = runs[(runs["npages"] == 1) & np.isin(runs["target"], slots)]
+    planned = np.bincount(single["index"], minlength=extent.npages)
+    alone = (planned > 1) & (_users_of_pages(users, extent) < 2) & extent.good
+    return extent.checksums[alone]
+
+
+def _users_of_pages(users: list[User], extent: Extent) -> NDArray[np.int64]:
+    """Count for each page of the extent the records that it is in."""
+    steps = np.zeros(extent.npages + 1, np.int64)
+    for _, _, records in users:
+        first, end = _places(extent, records)
+        np.add.at(steps, first, 1)
+        np.add.at(steps, end, -1)
+    return np.cumsum(steps[:-1])
 
 
 def _places(extent: Extent, records: Records) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -130,6 +150,15 @@ class SecondLook:
     def __init__(self, targets: Targets) -> None:
         self._targets = targets
         self._fresh: dict[int, bool] = {}
+
+    def at_all(self, users: list[User], asked: Callable[[Target], bool]) -> Iterator[User]:
+        """Look at one after the other: maps may be long. Who is gone by then is left out."""
+        for target, ground, records in users:
+            if target.slot not in self._targets.by_slot or target.ground is not ground:
+                continue  # read anew meanwhile: a range may have been taken back by its program
+            left = self.at(target, records, asked=asked(target))
+            if target.slot in self._targets.by_slot:
+                yield target, target.ground, left
 
     def at(self, target: Target, records: Records, *, asked: bool) -> Records:
         """Look, unless that was done; give what of *records* may be merged."""

@@ -29,7 +29,7 @@ from ksmd.core.windows import (
     windows_of,
     zero_records,
 )
-from ksmd.daemon.confirm import SecondLook, User, confirmed, without_lonely
+from ksmd.daemon.confirm import SecondLook, User, confirmed, strangers, without_lonely
 from ksmd.daemon.hugepages import huge_blocks, split_cut
 from ksmd.daemon.journal import fields
 from ksmd.daemon.prepare import prepare
@@ -117,6 +117,8 @@ class Merger:
         members = domain.tables.duplicates(checksums, zero)
         ready = {target.slot for target in self._of(domain) if self.may_stop(target, asked)}
         members = focus(members, ready, 0 if asked else self._settings.window.max_pages)
+        if not asked:
+            members = domain.strangers.without(members, time.monotonic())
         if scope is not None:
             members = within(members, scope, checksums, zero)
         return make_plan(
@@ -199,9 +201,15 @@ class Merger:
                 if extent is None:  # there was no room for it, or it was given back meanwhile
                     continue
                 runs = plan.merges[plan.merges["extent"] == number]
-                users = yield from self._users(domain, extent, runs, look, asked, result)
+                users = yield from self._users(domain, extent, runs, asked, result)
                 if number in new:
+                    domain.strangers.add(strangers(runs, users, extent), time.monotonic())
                     users = without_lonely(users, extent, result.refused)
+                looked = []
+                for user in look.at_all(users, lambda target: _is_asked(target, asked)):
+                    looked.append(user)
+                    yield result
+                users = without_lonely(looked, extent, result.refused) if number in new else looked
                 for target, ground, records in users:
                     yield from self._open_windows(
                         domain, target, ground, extent, records, asked, result
@@ -237,13 +245,12 @@ class Merger:
         domain: Domain,
         extent: Extent,
         runs: NDArray[np.void],
-        look: SecondLook,
         asked: Asked,
         result: MergeResult,
     ) -> Generator[MergeResult, None, list[User]]:
         """Give the records of every target that may be stopped, confirmed by digest.
 
-        One after the other: scattered runs, and maps of many mappings, take their time.
+        One after the other: scattered runs take their time.
         """
         users = []
         for target in self._of(domain):
@@ -254,9 +261,7 @@ class Merger:
             records = merge_records(mine, target.ground, self._settings.window.max_pages)
             try:
                 records = confirmed(domain, target, extent, records, result.refused)
-                records = look.at(target, records, asked=_is_asked(target, asked))
-                if target.slot in self._targets.by_slot:
-                    users.append((target, target.ground, records))
+                users.append((target, target.ground, records))
             except TargetGoneError:
                 self._targets.drop(target)
             yield result

@@ -18,6 +18,7 @@ from ksmd.core.ledger import StopTimes
 from ksmd.core.price import WindowPrice, all_prices
 from ksmd.core.selection import Selected
 from ksmd.core.sieve import Sieve
+from ksmd.core.strangers import Strangers
 from ksmd.core.tables import PageTables
 from ksmd.core.windows import Ground
 from ksmd.kernel.iouring import PinRing
@@ -140,6 +141,8 @@ class Target:
     known_areas: int = 0  # what maps was when the areas were read last
     known_mappings: int = 0  # and when what is merged was
     flags_read: float = -math.inf  # monotonic seconds
+    maps_read: float = -math.inf  # likewise; what was mapped then, in pages
+    mapped: tuple[int, int, int] = (0, 0, 0)
     huge: bool = False  # it had huge pages, when that was looked at last
     handles_faults: bool = False  # by a userfaultfd of its own, when its maps were read last
     mappings: Merged = field(default_factory=lambda: Merged(Vmas.of(()), {}))
@@ -211,6 +214,7 @@ class Domain:
         self.tables = PageTables(sizes.rmap_hash_size, sizes.page_hash_size)
         self.sieve = Sieve(min(sizes.rmap_hash_size, sizes.page_hash_size))
         self.checksummer = Checksummer(self.seed)
+        self.strangers = Strangers()
         self.digest = HeadDigest(secrets.token_bytes(32))
         self.sha1_cache = Sha1Cache(sizes.sha1_hash_size)
         self.store = Store(name, self._sums, ring, keeper)

@@ -45,6 +45,8 @@ Registered = Callable[[TargetId | None], Iterable[Selected]]
 _FAULT_FLAGS = frozenset({"um", "uw", "ui"})
 #: Seconds for which flags that were read with unchanged maps are good enough to scan by.
 _REREAD_SECS = 60.0
+#: And maps itself, while it is as long as it was.
+_MAPS_SECS = 10.0
 _TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 
 
@@ -117,8 +119,24 @@ class Targets:
             else:
                 self._add(selected)
         for target in self:
-            self.read_areas(target, max_age=_REREAD_SECS if if_changed else 0.0)
+            if not (if_changed and self._unmoved(target)):
+                self.read_areas(target, max_age=_REREAD_SECS if if_changed else 0.0)
             yield
+
+    def _unmoved(self, target: Target) -> bool:
+        """Whether maps may be taken to be as it was some seconds ago, to scan by.
+
+        That is while the target has mapped as much as it had, and we have changed nothing there.
+        Maps of tens of thousands of mappings take longer than all else a pass does when idle.
+        """
+        now = time.monotonic()
+        aged = now - target.maps_read > _MAPS_SECS or now - target.flags_read > _REREAD_SECS
+        if aged or target.last_window >= target.maps_read:
+            return False
+        with contextlib.suppress(TargetGoneError):
+            target.memory.may_pin &= not self._may_wait(target)
+            return procfs.mapped_pages(target.pid) == target.mapped
+        return False
 
     def _wanted(self) -> tuple[dict[TargetId, Selected], list[Refusal]]:
         """What rules and registrations select now, by process, and who is refused as a whole."""
@@ -319,6 +337,7 @@ class Targets:
         now, extents = time.monotonic(), self.extents_by_inode()
         vmas: Vmas | None = None
         try:
+            target.maps_read, target.mapped = now, procfs.mapped_pages(target.pid)
             text = procfs.maps_text(target.pid)
             known = self._known(text)
             if now - target.flags_read < max_age:

@@ -368,6 +368,12 @@ def anonymous_pages(pid: int) -> int:
     return int(resident) - int(shared)
 
 
+def mapped_pages(pid: int) -> tuple[int, int, int]:
+    """Count the pages that a process has mapped: all, code, data and stack (statm)."""
+    size, _, _, code, _, data, _ = read_process(pid, "statm").split()
+    return int(size), int(code), int(data)
+
+
 @functools.lru_cache(maxsize=256)
 def _user_name(uid: int) -> str:
     try:

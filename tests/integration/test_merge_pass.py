@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 from kernel_victims import Victim
 
+from ksmd.core import checksum, strangers
 from ksmd.daemon.merger import MergeResult
 from ksmd.daemon.pipeline import Pipeline
 from ksmd.daemon.scanner import ScanResult
+from ksmd.daemon.state import Target
 from ksmd.daemon.targets import Targets
 from ksmd.guard.client import Pager
 from ksmd.kernel.iouring import PinRing
@@ -80,6 +84,64 @@ def test_what_was_made_afresh_after_the_scan_keeps_its_flags(
         merged = merge(pipeline).merged
         assert merged == (3 if advice is None else 2) * NPAGES
         assert one.ask(f"touch({one.ready}, {NPAGES})") == sum(range(2, NPAGES + 2))
+
+
+OTHER = f"at = anon({NPAGES} * PAGE); fill(at, {NPAGES}, 100); reply(at)\n"
+
+
+def test_pages_that_only_share_a_checksum_are_told_apart_once_and_left_alone_for_a_while(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No page of the store, no look at maps, no stop; but whoever asks has it tried again."""
+    with Victim(SCRIPT) as one, Victim(OTHER) as other:
+        select(pipeline, one, other)
+        (domain,) = pipeline.targets.domains.values()
+        monkeypatch.setattr(checksum, "low32", lambda sums: np.full(len(sums), 7, np.uint32))
+        for _ in pipeline.scanner.full_scan(1 << 20, ScanResult(), eager=True):
+            pass
+        flags_read = [target.flags_read for target in pipeline.targets]
+        assert len(pipeline.merger.plan(domain, asked=False).extents) == 1
+        found = merge(pipeline, asked=False)
+        assert (found.windows, found.merged) == (0, 0)
+        assert found.refused[Reason.DIGEST] >= NPAGES
+        assert not len(pipeline.merger.plan(domain, asked=False).merges)
+        assert len(pipeline.merger.plan(domain, asked=True).merges)
+        assert [target.flags_read for target in pipeline.targets] == flags_read
+        monkeypatch.setattr(strangers, "LASTS", -1.0)
+        domain.strangers.add(np.array([7], np.uint32), time.monotonic())
+        assert len(pipeline.merger.plan(domain, asked=False).merges), "tried again in time"
+
+
+def test_maps_that_cannot_have_changed_much_are_not_read_to_scan_by(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Victim(SCRIPT) as one, Victim(SCRIPT) as other:
+        select(pipeline, one, other)
+        read: list[int] = []
+        read_areas = pipeline.targets.read_areas
+
+        def reading(target: Target, max_age: float) -> None:
+            read.append(target.pid)
+            read_areas(target, max_age=max_age)
+
+        monkeypatch.setattr(pipeline.targets, "read_areas", reading)
+        list(pipeline.targets.refreshing(if_changed=True))
+        assert not read
+        more = one.ask("anon(PAGE)")
+        list(pipeline.targets.refreshing(if_changed=True))
+        assert read == [one.pid], "it has mapped something"
+        one.ask(f"libc.munmap(ctypes.c_void_p({more}), PAGE)")
+        list(pipeline.targets.refreshing(if_changed=True))
+        assert read == [one.pid] * 2, "it has mapped less"
+        list(pipeline.targets.refreshing(if_changed=True))
+        assert read == [one.pid] * 2
+        list(pipeline.targets.refreshing())
+        assert read == [one.pid] * 2 + [one.pid, other.pid], "somebody asks"
+        for _ in pipeline.scanner.full_scan(1 << 20, ScanResult(), eager=True):
+            pass
+        assert merge(pipeline).merged == 2 * NPAGES
+        list(pipeline.targets.refreshing(if_changed=True))
+        assert all(len(target.mappings) for target in pipeline.targets), "we have changed it"
 
 
 def test_a_program_is_not_stopped_while_it_handles_page_faults_itself(pipeline: Pipeline) -> None:
