@@ -561,7 +561,9 @@ def test_killed_at_random_moments_daemons_adopt_all_and_no_target_notices(victim
     adopted: list[int] = []
     eintr: dict[int, int] = {}
     lives.start(settings)
-    for kill in range(KILLS):
+    kill = 0
+    # a few kills may all meet the same moment, by chance
+    while kill < KILLS or (len(set(adopted)) < 2 and kill < 5 * KILLS):
         over = threading.Event()
         worker = threading.Thread(target=_work, args=(lives.daemon.socket, over))
         worker.start()
@@ -587,9 +589,10 @@ def test_killed_at_random_moments_daemons_adopt_all_and_no_target_notices(victim
         assert told == counted, f"kill {kill}"
         adopted.append(counted)
         check_but_for_eintr(four, eintr, may_grow=False)
+        kill += 1
     half = sum("windows were under way" in log for log in lives.logs)
     print(
-        f"{KILLS} kills, {half} of them met within a window; merged pages found again: {adopted};"
+        f"{kill} kills, {half} of them met within a window; merged pages found again: {adopted};"
         f" EINTR: {sum(eintr.values())}"
     )
     assert len(set(adopted)) > 1, "every kill met the same state"

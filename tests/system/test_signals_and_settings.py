@@ -210,7 +210,8 @@ def test_so_it_is_by_a_daemon_that_nobody_asks(victims, daemons):
     settings["window"] = {"interval_secs": 0}
     daemon = daemons(settings)
     daemon.ctl("resume")
-    until(lambda: oracle.share() == 1, "every part had its turn")
+    # a pass a second, two for each of seven parts, in up to three scales
+    until(lambda: oracle.share() == 1, "every part had its turn", patience=120)
     check_all(pair)
 
 
