@@ -27,7 +27,7 @@ from ksmd.bench.victims import Victim
 from ksmd.client import Client, DaemonUnavailableError
 from ksmd.core.layout import VMA_BYTES
 from ksmd.model.errors import KsmdError
-from ksmd.settings.models import LEAST_TABLE_SIZE
+from ksmd.settings.values import LEAST_TABLE_SIZE
 
 _START_SECONDS = 60.0
 _STOP_SECONDS = 60.0

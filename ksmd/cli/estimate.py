@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     from ksmd.daemon import estimate  # noqa: PLC0415
     from ksmd.settings import load  # noqa: PLC0415
 
-    what = load(args.config) if args.config else None if args.all else args.pid
+    what = load(args.config).plain() if args.config else None if args.all else args.pid
     err = console(sys.stderr)
     if err.is_terminal:
         with err.status("reading …") as line:

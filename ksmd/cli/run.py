@@ -13,6 +13,7 @@ from pathlib import Path
 from ksmd.daemon import journal
 from ksmd.daemon.notify import Manager, collect_signals
 from ksmd.kernel import cpu
+from ksmd.settings.apart import Reading
 
 HELP = "run the daemon in the foreground, logs on stderr"
 
@@ -34,8 +35,9 @@ def run(args: argparse.Namespace) -> int:
     early = collect_signals()
     journal.configure(verbose=args.verbose, stream=sys.stderr, environ=os.environ)
     manager = Manager.take(os.environ)
+    settings = Reading(args.config)  # beside all that is loaded now
     cpu.avoid_slow_sorts(os.environ)  # before numpy comes
     # `ksmd --version` and `ksmd demo` need none of it
     from ksmd.daemon import main  # noqa: PLC0415
 
-    return main.run(args.config, args.socket, manager, early)
+    return main.run(args.config, args.socket, manager, early, settings)

@@ -80,9 +80,7 @@ def without_lonely(users: list[User], extent: Extent, refused: Counter[Reason]) 
     return kept
 
 
-def strangers(
-    runs: NDArray[np.void], users: list[User], extent: Extent
-) -> NDArray[np.uint32]:
+def strangers(runs: NDArray[np.void], users: list[User], extent: Extent) -> NDArray[np.uint32]:
     """Give the checksums of single pages of *extent* that no two of *users* have after all.
 
     *runs* is what was planned. A run of several pages may have failed because of any of them.

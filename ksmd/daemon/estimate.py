@@ -32,7 +32,8 @@ from ksmd.model.errors import KsmdError, PrivilegeError, TargetGoneError
 from ksmd.model.process import ProcessInfo, TargetId
 from ksmd.model.refusal import Reason, Refusal
 from ksmd.model.units import PAGE_SHIFT, PAGE_SIZE
-from ksmd.settings import Settings, defaults
+from ksmd.settings import defaults
+from ksmd.settings.values import Settings
 
 #: Told of what is being read, for a progress line.
 Progress = Callable[[str], None]

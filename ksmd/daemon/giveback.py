@@ -71,7 +71,7 @@ def _ask(name: str) -> int:
 
 def _give_back(pager: Pager, engine: Engine) -> int:
     """Unmerge all; how many processes the pager has to guard still."""
-    settings = defaults()
+    settings = defaults().plain()
     ring = PinRing()
     available = psutil.virtual_memory().available // 4096
     targets = Targets(settings, settings.resolved_tables(available), ring, pager)

@@ -10,12 +10,13 @@ from pathlib import Path
 
 from ksmd.daemon import listening
 from ksmd.daemon.notify import Manager
+from ksmd.daemon.protocol import DEFAULT_SOCKET
 from ksmd.daemon.service import Service
 from ksmd.guard.client import Pager
 from ksmd.kernel import libc, rlimits
 from ksmd.kernel.rivals import MAIN_COMM
 from ksmd.model.errors import KsmdError
-from ksmd.settings import Loaded, defaults, read
+from ksmd.settings.apart import Reading
 
 log = logging.getLogger(__name__)
 
@@ -29,10 +30,12 @@ def run(
     socket: Path | None,
     manager: Manager | None = None,
     early: Sequence[int] = (),
+    settings: Reading | None = None,
 ) -> int:
     """Run in the foreground until a signal says stop; the exit code.
 
-    *early*: signals that came before we could heed them; it may grow.
+    *settings*: *config* where it is being read already. *early*: signals that came before we could
+    heed them; it may grow.
 
     Raises KsmdError for everything that keeps the daemon from starting: wrong settings, a missing
     privilege, a kernel that lacks a needed feature, a socket that another daemon answers.
@@ -41,10 +44,10 @@ def run(
     gc.set_threshold(_COLLECT_AFTER)
     rlimits.raise_open_files()
     manager = manager or Manager()
-    name = listening.inherited_path(manager.inherited) or socket or defaults().socket
+    name = listening.inherited_path(manager.inherited) or socket or Path(DEFAULT_SOCKET)
     try:
-        loaded = read(config) if config is not None else Loaded(defaults(), (), {})
-        service = Service(loaded, config, socket or loaded.settings.socket, manager)
+        given = (settings or Reading(config)).result()
+        service = Service(given, config, socket or given.settings.socket, manager)
     except BaseException:
         if manager.kept:
             _leave_guarded(manager, str(name.absolute()))

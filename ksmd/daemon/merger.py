@@ -44,7 +44,7 @@ from ksmd.model.units import PAGE_SHIFT
 from ksmd.model.window import Op, WindowRequest, WindowResult
 from ksmd.remap.engine import Engine, RefusedTargetError
 from ksmd.remap.store import Extent, Making
-from ksmd.settings import Settings
+from ksmd.settings.values import Settings
 
 log = logging.getLogger(__name__)
 

@@ -22,8 +22,9 @@ from ksmd.daemon.scanner import Scanner, ScanResult
 from ksmd.daemon.targets import Targets
 from ksmd.daemon.unmerger import Unmerger
 from ksmd.guard.client import Pager
+from ksmd.kernel import libc
 from ksmd.remap.engine import Engine
-from ksmd.settings import Settings
+from ksmd.settings.values import Settings
 
 #: Passes after which `scan --until-settled` gives up on memory that keeps changing.
 MAX_PASSES = 50
@@ -103,6 +104,8 @@ class Pipeline:
         if self._settings.run == "merge":
             yield from self._merge(asked, pause, merge)
         self.last = PassResult(scan, merge, self._end_turns(asked, merge))
+        if asked or merge.windows:
+            libc.trim_heap()
 
     def _batch(self, asked: bool) -> int:
         """Give how many pages the scan that begins now takes before each sleep."""

@@ -37,7 +37,8 @@ from ksmd.model.errors import KernelFeatureError, KsmdError, PrivilegeError
 from ksmd.model.features import Feature
 from ksmd.model.refusal import Reason
 from ksmd.remap.engine import Engine
-from ksmd.settings import Loaded, Settings, changed, read
+from ksmd.settings.apart import Given, Reading
+from ksmd.settings.values import Settings
 
 log = logging.getLogger(__name__)
 
@@ -50,13 +51,13 @@ class Service:
 
     def __init__(
         self,
-        loaded: Loaded,
+        given: Given,
         config: Path | None,
         socket: Path,
         manager: Manager | None = None,
     ) -> None:
-        settings = loaded.settings
-        self._tuning = Tuning(settings, loaded.sources)
+        self._given = given
+        self._tuning = Tuning(given.settings, given.sources)
         self.manager = manager or Manager()
         self._config = config
         self._paused = False
@@ -67,8 +68,8 @@ class Service:
             self.dispatch,
             self._closed,
             inherited=listening.inherited(self.manager.inherited),
-            mode=int(settings.socket_mode, 8),
-            gid=listening.group_id(settings.socket_group),
+            mode=int(given.settings.socket_mode, 8),
+            gid=listening.group_id(given.settings.socket_group),
         )
         self._engine = Engine()
         try:
@@ -84,7 +85,7 @@ class Service:
         self._pager = self._guardian.pager
         pages = psutil.virtual_memory().available // 4096
         ring = PinRing()
-        targets = Targets(settings, settings.resolved_tables(pages), ring, self._pager)
+        targets = Targets(given.settings, given.settings.resolved_tables(pages), ring, self._pager)
         self.pipeline = Pipeline(targets, self._engine, self._pager)
         self._know_ours()
         state = self.manager.state_directory
@@ -254,13 +255,13 @@ class Service:
     def _reload(self) -> None:
         if self._config is None:
             raise KsmdError("ksmd was started without --config, there is nothing to read again")
-        old, loaded = self._settings, read(self._config)
-        new = loaded.settings
-        differences = changed(old, new)
+        given = Reading(self._config).result()
+        old, new = self._settings, given.settings
         self.server.permit(int(new.socket_mode, 8), listening.group_id(new.socket_group))
-        self._tuning.reload(new, loaded.sources)
+        self._tuning.reload(new, given.sources)
         self.pipeline.targets.settings = new
-        log.info("settings read again: %s", ", ".join(differences) or "nothing changed")
+        log.info("settings read again: %s", given.changes(self._given))
+        self._given = given
         if new.run == "unmerge" and old.run != "unmerge":
             self._unmerge(None, None)
         self.loop.hurry()

@@ -32,7 +32,7 @@ from ksmd.model.vmas import Areas, Vmas
 from ksmd.model.window import Op
 from ksmd.remap.engine import TargetContexts
 from ksmd.remap.store import Extent, Keeper, Store
-from ksmd.settings.models import TableSizes
+from ksmd.settings.values import TableSizes
 
 #: Refusals that may pass: tried again after a while. All others last for the target's life.
 PASSING = frozenset(

@@ -36,8 +36,7 @@ from ksmd.model.units import PAGE_SHIFT
 from ksmd.model.vmas import Vmas
 from ksmd.remap.engine import TargetContexts
 from ksmd.remap.store import Extent
-from ksmd.settings import Settings
-from ksmd.settings.models import TableSizes
+from ksmd.settings.values import Settings, TableSizes
 
 #: What is registered of one process, or of all (None): one entry for each process.
 Registered = Callable[[TargetId | None], Iterable[Selected]]

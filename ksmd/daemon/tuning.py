@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from ksmd.daemon.connection import CallError
-from ksmd.settings import Settings
+from ksmd.settings.values import Settings
 
 #: Flags of StartStopThread: the patch's ksm_control_flags_run, and KSM's "run = 2".
 FLAG_RUN = 1
@@ -75,15 +75,14 @@ class Tuning:
         given, scan = self.given, self.base.scan
         if given is None:
             return self.base
-        changed = {
-            "sleep_millisecs": -(-given.sleep // 1000),
-            "pages_to_scan": given.pages_to_scan or scan.pages_to_scan,
-            "max_pages_to_merge": given.max_pages_to_merge or scan.max_pages_to_merge,
-            "advisor": "none",  # it would choose another number of pages
-        }
-        return self.base.model_copy(
-            update={"scan": scan.model_copy(update=changed), "run": _RUN[given.flags]}
+        changed = replace(
+            scan,
+            sleep_millisecs=-(-given.sleep // 1000),
+            pages_to_scan=given.pages_to_scan or scan.pages_to_scan,
+            max_pages_to_merge=given.max_pages_to_merge or scan.max_pages_to_merge,
+            advisor="none",  # it would choose another number of pages
         )
+        return replace(self.base, scan=changed, run=_RUN[given.flags])
 
     def info(self, paused: bool) -> ThreadInfo:
         """Give what is in force, as it was given: a paused thread does not run."""

@@ -23,7 +23,7 @@ from ksmd.daemon.state import Target
 from ksmd.daemon.targets import Targets
 from ksmd.guard.client import Pager
 from ksmd.guard.intervals import Intervals
-from ksmd.kernel import risks
+from ksmd.kernel import libc, risks
 from ksmd.model.errors import KsmdError, TargetGoneError
 from ksmd.model.refusal import Reason
 from ksmd.model.units import PAGE_SHIFT, PAGE_SIZE
@@ -91,6 +91,7 @@ class Unmerger:
             if target.slot in self._targets.by_slot:
                 self._settle(target, result)
         yield from self._recount()
+        libc.trim_heap()
         yield result
 
     def unmerge_part(self, target: Target, spans: Intervals) -> Iterator[UnmergeResult]:

@@ -116,6 +116,16 @@ def mlockall(flags: int) -> None:
     _int_call("mlockall", ctypes.c_int(flags))
 
 
+def trim_heap() -> None:
+    """Give memory that is free in the heap back to the kernel: malloc_trim(3), where there is one.
+
+    Large arrays that lie in the heap for a moment leave holes there, which glibc keeps.
+    """
+    trim = getattr(_libc, "malloc_trim", None)  # glibc's
+    if trim is not None:
+        trim(ctypes.c_size_t(0))
+
+
 def view(address: int, length: int) -> memoryview:
     """Give a writable view of *length* bytes of our own memory at *address*, without a copy."""
     return memoryview((ctypes.c_ubyte * length).from_address(address)).cast("B")

@@ -3,31 +3,59 @@
 ``load`` and ``loads`` read (``read`` also tells where each value stands), ``defaults`` is an empty
 file's meaning, ``explain``, ``render_default_config`` and ``json_schema`` tell what there is,
 ``effective``, ``dump`` and ``changed`` show values.
-Imports pydantic: the tracer and the pager, which stay small, must not import this room.
+
+Most of it imports pydantic, so each name comes when it is asked for: the tracer and the pager stay
+small, and the daemon, which has its settings read by another process (:mod:`ksmd.settings.apart`)
+and holds plain :mod:`ksmd.settings.values`.
 """
 
-from ksmd.settings.describe import (
-    Explained,
-    changed,
-    dump,
-    effective,
-    explain,
-    render_default_config,
-)
-from ksmd.settings.load import Loaded, Problem, SettingsError, load, loads, read
-from ksmd.settings.models import (
-    Limits,
-    Match,
-    Region,
-    Scan,
-    Settings,
-    Tables,
-    TableSizes,
-    Target,
-    Window,
-    defaults,
-)
-from ksmd.settings.schema import json_schema
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ksmd.settings.describe import (
+        Explained,
+        dump,
+        effective,
+        explain,
+        render_default_config,
+    )
+    from ksmd.settings.differences import changed
+    from ksmd.settings.models import (
+        Limits,
+        Match,
+        Region,
+        Scan,
+        Settings,
+        Tables,
+        Target,
+        Window,
+        defaults,
+    )
+    from ksmd.settings.problems import Problem, SettingsError
+    from ksmd.settings.reading import Loaded, load, loads, read
+    from ksmd.settings.schema import json_schema
+    from ksmd.settings.values import TableSizes
+
+_HOMES = {
+    "describe": ("Explained", "dump", "effective", "explain", "render_default_config"),
+    "differences": ("changed",),
+    "reading": ("Loaded", "load", "loads", "read"),
+    "models": (
+        "Limits",
+        "Match",
+        "Region",
+        "Scan",
+        "Settings",
+        "Tables",
+        "Target",
+        "Window",
+        "defaults",
+    ),
+    "problems": ("Problem", "SettingsError"),
+    "schema": ("json_schema",),
+    "values": ("TableSizes",),
+}
 
 __all__ = [
     "Explained",
@@ -54,3 +82,10 @@ __all__ = [
     "read",
     "render_default_config",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

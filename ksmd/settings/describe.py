@@ -18,8 +18,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from ksmd.settings.kinds import Kind
-from ksmd.settings.load import model_of
 from ksmd.settings.models import Region, Settings, Target
+from ksmd.settings.reading import model_of
 
 _WIDTH = 96
 _HEAD = """\
@@ -63,25 +63,6 @@ def effective(settings: Settings) -> dict[str, Any]:
 def dump(settings: Settings) -> str:
     """Write settings as YAML text from which ``loads`` makes equal settings."""
     return yaml.dump(effective(settings), Dumper=_Dumper, sort_keys=False)
-
-
-def changed(old: Settings, new: Settings) -> list[str]:
-    """Dotted paths of what differs between two settings, e.g. after a reload.
-
-    Targets are told apart by name: ``targets.NAME`` alone means that it came or went, and
-    ``targets`` alone that those in both stand in another order.
-    """
-    before, after = dict(_leaves(old)), dict(_leaves(new))
-    paths = [path for path in {**before, **after} if before.get(path) != after.get(path)]
-    names = {target.name for target in old.targets} ^ {target.name for target in new.targets}
-    stay = [
-        [target.name for target in settings.targets if target.name not in names]
-        for settings in (old, new)
-    ]
-    found = [
-        ".".join(path[:2] if path[0] == "targets" and path[1] in names else path) for path in paths
-    ]
-    return list(dict.fromkeys(found + (["targets"] if stay[0] != stay[1] else [])))
 
 
 def render_default_config() -> str:
@@ -222,19 +203,3 @@ def _as_item(lines: list[str], indent: str) -> list[str]:
     first = next(at for at, line in enumerate(lines) if not line.lstrip().startswith("#"))
     dashed = indent[:-2] + "- " + lines[first].removeprefix(indent)
     return [*lines[:first], dashed, *lines[first + 1 :]]
-
-
-def _leaves(settings: Settings) -> Iterator[tuple[tuple[str, ...], Any]]:
-    content = effective(settings)
-    targets = content.pop("targets")
-    yield from _flat(content, ())
-    for target in targets:
-        yield from _flat(target, ("targets", target["name"]))
-
-
-def _flat(content: dict[str, Any], path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
-    for key, value in content.items():
-        if isinstance(value, dict):
-            yield from _flat(value, (*path, key))
-        else:
-            yield (*path, key), value

@@ -12,7 +12,6 @@ elsewhere.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -30,6 +29,7 @@ from pydantic import (
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from ksmd.model.units import PAGE_SIZE
+from ksmd.settings import values
 from ksmd.settings.conflicts import conflicts
 from ksmd.settings.kinds import (
     ADDRESS_LIMIT,
@@ -46,8 +46,7 @@ from ksmd.settings.kinds import (
     TableSize,
     list_to_tuple,
 )
-
-LEAST_TABLE_SIZE = 1024
+from ksmd.settings.values import TableSizes
 
 
 class _Model(BaseModel):
@@ -96,15 +95,6 @@ class Scan(_Model):
     )
 
 
-@dataclass(frozen=True, slots=True)
-class TableSizes:
-    """Sizes of the tables, in pages (one entry per page), with nothing left to be chosen."""
-
-    page_hash_size: int
-    rmap_hash_size: int
-    sha1_hash_size: int
-
-
 class Tables(_Model):
     """Sizes of the tables; the seed's module parameters of the same names."""
 
@@ -123,18 +113,6 @@ class Tables(_Model):
         description="Store pages whose HMAC-SHA1 digest is cached. 0 sizes it from memory: "
         "one for every 32 free pages.",
     )
-
-    def resolved(self, free_pages: int) -> TableSizes:
-        """Replace each 0 by its share of ``free_pages`` (4 KiB pages), as the seed did at load."""
-
-        def size(given: int, divisor: int) -> int:
-            return given or max(LEAST_TABLE_SIZE, free_pages // divisor)
-
-        return TableSizes(
-            page_hash_size=size(self.page_hash_size, 10),
-            rmap_hash_size=size(self.rmap_hash_size, 10),
-            sha1_hash_size=size(self.sha1_hash_size, 32),
-        )
 
 
 class Window(_Model):
@@ -394,7 +372,11 @@ class Settings(_Model):
 
     def resolved_tables(self, free_pages: int) -> TableSizes:
         """Sizes of the tables on a host with ``free_pages`` free 4 KiB pages."""
-        return self.tables.resolved(free_pages)
+        return self.plain().resolved_tables(free_pages)
+
+    def plain(self) -> values.Settings:
+        """Give the same as plain values."""
+        return values.settings_of(self.model_dump(mode="json"))
 
 
 def defaults() -> Settings:

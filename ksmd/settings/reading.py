@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -17,36 +17,13 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from ksmd.model.errors import UsageError
 from ksmd.settings import conflicts, merge, tree
 from ksmd.settings.models import Settings, Target
+from ksmd.settings.problems import Problem, SettingsError
 
 #: The directory beside a settings file whose *.yaml files add to it.
 DROP_INS = "conf.d"
 _MAX_BYTES = 4 * tree.MAX_CHARACTERS
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """One mistake. ``line`` and ``column`` count from 1; 0 where the whole file is meant."""
-
-    file: str
-    line: int
-    column: int
-    path: str
-    message: str
-
-    def __str__(self) -> str:
-        place = f"{self.file}:{self.line}:{self.column}" if self.line else self.file
-        return ": ".join(part for part in (place, self.path, self.message) if part)
-
-
-class SettingsError(UsageError):
-    """A settings file that cannot be used; ``problems`` holds every reason, in file order."""
-
-    def __init__(self, problems: Sequence[Problem]) -> None:
-        super().__init__("\n".join(map(str, problems)))
-        self.problems = tuple(problems)
 
 
 @dataclass(frozen=True, slots=True)

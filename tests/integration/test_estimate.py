@@ -68,7 +68,7 @@ def ksmctl(*argv, **options):
 
 
 def test_the_figures_are_those_of_the_memory_that_was_made(workers):
-    found = estimate.run(settings_for(workers, ["d", "d", "d"]))
+    found = estimate.run(settings_for(workers, ["d", "d", "d"]).plain())
     (domain,) = found["domains"]
     assert domain["domain"] == "d"
     assert domain["processes"] == 3
@@ -85,7 +85,7 @@ def test_the_figures_are_those_of_the_memory_that_was_made(workers):
 
 
 def test_pages_of_different_domains_are_not_counted_as_equal(workers):
-    found = estimate.run(settings_for(workers, ["a", "b", "c"]))
+    found = estimate.run(settings_for(workers, ["a", "b", "c"]).plain())
     assert found["total"]["duplicates_across"] == 0
     assert found["total"]["saved_pages"] == 3 * ZERO
     assert [one["domain"] for one in found["domains"]] == ["a", "b", "c"]

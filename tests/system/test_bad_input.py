@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,7 @@ from harness import (
 # the child of a fork has no way to import what it needs as another user
 import ksmd.cli.features
 import ksmd.daemon.main
+import ksmd.settings.describe
 from ksmd.cli import ksmctl as ksmctl_command
 from ksmd.cli import ksmd as ksmd_command
 
@@ -135,8 +137,11 @@ def test_a_process_that_is_no_target_is_an_error_of_the_call_only(victims, daemo
 def as_nobody(work: Callable[[], int]) -> tuple[int, str]:
     """Run *work* in a forked child as uid 65534: its exit code, and what it said on stderr.
 
-    Forked, not executed: another user may have no way to this interpreter.
+    Forked, not executed: another user may have no way to this interpreter. So what is imported on
+    the way must be loaded by now: ksmd.settings.describe, by which settings are read where no other
+    process can be had for it, and what the version of numpy is found with.
     """
+    version("numpy")
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:

@@ -24,6 +24,10 @@ from ksmd.settings import (
 SHIPPED = Path(__file__).parents[2] / "config" / "ksmd.yaml"
 
 
+def differences(old: Settings, new: Settings) -> list[str]:
+    return changed(effective(old), effective(new))
+
+
 def uncommented(text: str) -> str:
     """Prose of the file without comment marks and line breaks."""
     return " ".join(re.sub(r"^[\s#]*", "", line) for line in text.splitlines())
@@ -142,7 +146,7 @@ def test_effective_settings_leave_out_what_is_not_set():
 
 
 def test_nothing_changed_between_equal_settings():
-    assert changed(full(), full()) == []
+    assert differences(full(), full()) == []
 
 
 @pytest.mark.parametrize(
@@ -157,7 +161,7 @@ def test_nothing_changed_between_equal_settings():
 )  # fmt: skip
 def test_changes_are_told_by_dotted_path(update, paths):
     new = Settings.model_validate(full().model_dump() | update)
-    assert changed(full(), new) == paths
+    assert differences(full(), new) == paths
 
 
 def test_changes_of_targets_are_told_by_name():
@@ -170,11 +174,11 @@ def test_changes_of_targets_are_told_by_name():
     def with_targets(*targets):
         return Settings(version=1, targets=[Target.model_validate(target) for target in targets])
 
-    assert changed(old, with_targets(first, second)) == [
+    assert differences(old, with_targets(first, second)) == [
         "targets.a.match.comm",
         "targets.a.match.pid",
         "targets.a.regions",
         "targets.a.match.user",
     ]
-    assert changed(old, with_targets(third, *old.model_dump()["targets"])) == ["targets.d"]
-    assert changed(old, with_targets(*reversed(old.model_dump()["targets"]))) == ["targets"]
+    assert differences(old, with_targets(third, *old.model_dump()["targets"])) == ["targets.d"]
+    assert differences(old, with_targets(*reversed(old.model_dump()["targets"]))) == ["targets"]

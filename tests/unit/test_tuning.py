@@ -27,7 +27,7 @@ def changed(**keys: int) -> ThreadInfo:
 def tuning():
     text = "version: 1\nrun: stop\nscan: {pages_to_scan: 77}\n"
     origins = {("run",): "f.yaml:2", ("scan", "pages_to_scan"): "f.yaml:3"}
-    return Tuning(loads(text), origins)
+    return Tuning(loads(text).plain(), origins)
 
 
 # -- tuning ----------------------------------------------------------------------------------------
@@ -51,8 +51,8 @@ def test_a_call_holds_until_a_reload(tuning):
     assert tuning.effective.scan.pages_to_scan == 10
     assert tuning.effective.scan.max_pages_to_merge == 20
     assert set(tuning.sources().values()) == {"StartStopThread"}
-    tuning.reload(defaults(), {})
-    assert tuning.effective == defaults()
+    tuning.reload(defaults().plain(), {})
+    assert tuning.effective == defaults().plain()
     assert set(tuning.sources().values()) == {"default"}
 
 
@@ -95,7 +95,7 @@ def test_resuming_runs_the_thread_again_that_a_call_had_stopped(tuning):
     tuning.start_stop(changed(flags=0))
     tuning.resume()
     assert tuning.info(paused=False).flags == 0  # the file says stop
-    tuning.reload(defaults(), {})
+    tuning.reload(defaults().plain(), {})
     tuning.start_stop(changed(flags=0))
     tuning.resume()
     assert tuning.info(paused=False) == GOOD
@@ -126,7 +126,7 @@ class Daemon:
     """A caller that answers as the daemon would."""
 
     def __init__(self, settings: Settings | None = None) -> None:
-        self.tuning = Tuning(settings or defaults())
+        self.tuning = Tuning((settings or defaults()).plain())
         self.paused = False
         self.unmerged = 0
         self.fails: Exception | None = None
