@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from typing import Final
 from ksmd.kernel import procfs
 from ksmd.kernel.memory import Memory
 from ksmd.kernel.vmaquery import VmaQuery
+from ksmd.model.errors import KsmdError
+from ksmd.model.process import TargetId
 from ksmd.model.refusal import Reason
 from ksmd.model.units import PAGE_SIZE
 from ksmd.model.vma import Vma
@@ -41,6 +44,18 @@ def forget(pid: int) -> None:
     """Drop what is remembered of a process that is gone."""
     _remembered.pop(pid, None)
     forget_calls(pid)
+
+
+def look_ahead(target: TargetId) -> None:
+    """Search while the target runs yet, for :func:`find` to have it; what hinders is met again."""
+    if target.pid in _remembered or not procfs.is_same(target):
+        return
+    with (
+        contextlib.suppress(KsmdError, RefusedError),
+        Memory(target.pid) as memory,
+        VmaQuery(target.pid, memory.tid) as query,
+    ):
+        find(memory, query)
 
 
 def find(memory: Memory, query: VmaQuery) -> tuple[Gadgets, Vma]:

@@ -30,11 +30,10 @@ from ksmd.model.errors import KsmdError, TargetGoneError
 from ksmd.model.process import TargetId
 from ksmd.model.refusal import Reason
 from ksmd.model.window import Op
-from ksmd.remap import stub, wire
+from ksmd.remap import places, stub, wire
 from ksmd.remap.admit import admit
 from ksmd.remap.alive import AliveWord
 from ksmd.remap.borrowed import Contexts, Outcome, StubLostError
-from ksmd.remap.places import forget
 from ksmd.remap.session import Session
 from ksmd.remap.stop import DeadlineError, RefusedError
 from ksmd.remap.wire import EXIT_STUB_LATE, EXIT_UNSTOPPABLE
@@ -87,10 +86,10 @@ class Tracer:
             return self._carry_out(target, header, payload, fds)
         except RefusedError as error:
             if error.reason is Reason.GONE:
-                forget(target.pid)
+                places.forget(target.pid)
             return {"refused": error.reason, "detail": error.detail}, b"", []
         except TargetGoneError:
-            forget(target.pid)
+            places.forget(target.pid)
             return {"refused": Reason.GONE, "detail": ""}, b"", []
         except (ProcessLookupError, ChildProcessError):  # killed between two of our calls
             return {"refused": Reason.GONE, "detail": "killed in the stop window"}, b"", []
@@ -104,6 +103,11 @@ class Tracer:
     def _carry_out(
         self, target: TargetId, header: dict[str, Any], payload: bytes, fds: list[int]
     ) -> _Reply:
+        _arm(_STUB_SECONDS)
+        try:
+            places.look_ahead(target)
+        except DeadlineError:
+            raise RefusedError(Reason.UNSTOPPABLE, "its code cannot be read in time") from None
         began = time.perf_counter()
         _arm(header["deadline_ms"] / 1000)
         try:

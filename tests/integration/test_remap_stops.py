@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import signal
@@ -34,9 +35,13 @@ from remap_lab import (
 from ksmd.daemon.prepare import refuse_early
 from ksmd.kernel import procfs, ptrace
 from ksmd.kernel.memfd import ExtentMap
+from ksmd.kernel.memory import Memory
+from ksmd.kernel.vmaquery import VmaQuery
 from ksmd.model.refusal import Reason
 from ksmd.model.window import Op, WindowResult
+from ksmd.remap import gadgets, places
 from ksmd.remap.engine import RefusedTargetError
+from ksmd.remap.stop import RefusedError
 
 pytestmark = pytest.mark.root
 
@@ -308,3 +313,42 @@ def test_32_bit_program_is_refused_by_name(lab: Lab, programs: StartProgram) -> 
     assert error.value.reason in (Reason.ARCHITECTURE, Reason.NO_GADGET)
     assert process.poll() is None
     assert snapshot(process.pid) == before
+
+
+def test_what_can_be_searched_before_the_stop_is_not_searched_in_it(
+    start: StartMode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A program with a hundred MiB of libraries stood still for a tenth of a second."""
+    process = start("queue")
+    searched: list[int] = []
+    search = gadgets._search
+
+    def searching(memory: Memory, start: int, length: int) -> tuple[int, int]:
+        searched.append(start)
+        return search(memory, start, length)
+
+    monkeypatch.setattr(gadgets, "_search", searching)
+    monkeypatch.setattr(gadgets, "_cache", {})
+    target = procfs.target_id(process.pid)
+    places.look_ahead(dataclasses.replace(target, start_time=1))  # another process had that pid
+    assert not searched
+    places.look_ahead(target)
+    assert len(searched) == 1, "the C library has both, and comes first"
+    with Memory(process.pid) as memory, VmaQuery(process.pid, memory.tid) as query:
+        found, stack = places.find(memory, query)
+        libc = query.covering(found.restorer)
+    assert len(searched) == 1
+    assert libc is not None
+    assert libc.start == searched[0]
+    assert stack.perms.startswith("rw")
+    places.look_ahead(target)
+    places.forget(process.pid)
+    monkeypatch.setattr(gadgets, "_RESTORERS", (b"nothing is like this",))
+    monkeypatch.setattr(gadgets, "_cache", {})
+    places.look_ahead(target)  # what hinders is told by the window
+    with (
+        Memory(process.pid) as memory,
+        VmaQuery(process.pid, memory.tid) as query,
+        pytest.raises(RefusedError, match="no-gadget"),
+    ):
+        places.find(memory, query)
