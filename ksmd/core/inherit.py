@@ -1,6 +1,7 @@
-"""VmFlags of mappings that were parts of others when flags were read last.
+"""VmFlags of mappings that were there, in another shape, when flags were read last.
 
-A merge cuts a mapping into many. What is left of it has the flags that it had.
+A merge cuts a mapping into many; a heap grows; the kernel makes one mapping of neighbours that have
+the same flags. One mapping has one set of flags, so it has those of what was there before.
 """
 
 from __future__ import annotations
@@ -16,15 +17,19 @@ from ksmd.model.vmas import Vmas
 def flagged_as_before(vmas: Vmas, before: Vmas, ours: Callable[[Kind], bool]) -> Vmas | None:
     """Give *vmas*, read without flags, those that they had in *before*.
 
-    None where any is not, as far as maps shows, a part of a mapping that was there. Those of *ours*
-    stay without.
+    None where any lies in none of those, as far as maps shows, or in some with different flags.
+    Those of *ours* stay without.
     """
     mine = vmas.where(ours)
     if not len(before):
         return vmas if mine.all() else None
-    at = np.maximum(np.searchsorted(before.starts, vmas.starts, side="right") - 1, 0)
-    ahead = vmas.starts - before.starts[at]  # wraps where it begins before the first
-    part = (before.starts[at] <= vmas.starts) & (vmas.ends <= before.ends[at])
+    first = np.searchsorted(before.ends, vmas.starts, side="right")
+    last = np.searchsorted(before.starts, vmas.ends, side="left") - 1
+    part = first <= last
+    at, last = np.minimum(first, len(before) - 1), np.maximum(last, 0)
+    changes = np.concatenate(([0], np.cumsum(before.kind[1:] != before.kind[:-1])))
+    part &= changes[at] == changes[last]
+    ahead = vmas.starts - before.starts[at]  # wraps where it begins before that one
     numbers: dict[Kind, int] = {}
     was, now = (
         np.array([numbers.setdefault(_bare(kind), len(numbers)) for kind in some.kinds], np.int32)

@@ -134,23 +134,36 @@ def _groups(pages: NDArray[np.uint64]) -> Iterator[tuple[int, int]]:
     yield from zip(first.tolist(), (last + np.uint64(1)).tolist(), strict=True)
 
 
+def stretches_of(
+    pagemap: PageMap, merged: Merged
+) -> Iterator[tuple[NDArray[np.intp], NDArray[np.uint64], NDArray[np.uint64], NDArray[np.bool_]]]:
+    """Give the stretches of present pages in our mappings, near ones at once.
+
+    The number of the mapping, first page and end page of each, and whether it shows the store yet;
+    else it was written.
+    """
+    shift = np.uint64(PAGE_SHIFT)
+    spans = Spans.of(merged.vmas.starts >> shift, merged.vmas.ends >> shift)
+    for start, end in spans.groups():
+        first, length, shared = pagemap.sharing(start << PAGE_SHIFT, end << PAGE_SHIFT)
+        which, at, low, high = spans.cut(first, first + length.astype(np.uint64))
+        yield at, low, high, shared[which]
+
+
 def _sites(pagemap: PageMap, merged: Merged) -> tuple[NDArray[np.void], int]:
     """Give the store pages that our mappings still show (SITES), and how many were written."""
     shift = np.uint64(PAGE_SHIFT)
-    spans = Spans.of(merged.vmas.starts >> shift, merged.vmas.ends >> shift)
+    starts = merged.vmas.starts >> shift
     number = merged.of_vmas(lambda extent: extent.number).astype(np.uint64)
     npages = merged.of_vmas(lambda extent: extent.npages)
     # the extent's page index at the first page of each VMA
     index = (merged.vmas.offsets >> shift).astype(np.int64)
     parts: list[NDArray[np.void]] = []
     written = 0
-    for start, end in spans.groups():
-        first, length, shared = pagemap.sharing(start << PAGE_SHIFT, end << PAGE_SHIFT)
-        which, at, low, high = spans.cut(first, first + length.astype(np.uint64))
-        ours = shared[which]
+    for at, low, high, ours in stretches_of(pagemap, merged):
         written += int((high - low)[~ours].sum())
-        at, low, high = at[ours], low[ours], high[ours]
-        place = index[at] + (low - spans.starts[at]).astype(np.int64)
+        at, low, high = at[ours], low[ours], high[ours]  # noqa: PLW2901
+        place = index[at] + (low - starts[at]).astype(np.int64)
         # no further than the extent goes: what lies behind its end reads as nothing of the store
         count = np.minimum((high - low).astype(np.int64), npages[at] - place)
         good = (place >= 0) & (count > 0)

@@ -36,16 +36,18 @@ def confirmed(
     counts = end - first
     bad = np.concatenate(([0], np.cumsum(~extent.good)))
     sound = bad[end] == bad[first]
-    refused[Reason.CHANGED] += int(counts[~sound].sum())
-    domain.tables.wake(target.slot, pages_of(records[~sound]))
-    records, counts, first = records[sound], counts[sound], first[sound]
+    if not sound.all():
+        refused[Reason.CHANGED] += int(counts[~sound].sum())
+        domain.tables.wake(target.slot, pages_of(records[~sound]))
+        records, counts, first = records[sound], counts[sound], first[sound]
     own = _own(target, records)
     refused[Reason.FORK_SHARED] += int(counts[~own].sum())
     records, counts, first = records[own], counts[own], first[own]
     found = _digests(domain, target, records["start"], counts)
     same: NDArray[np.bool_] = (found == _expected(domain, extent, first, counts)).all(axis=1)
-    refused[Reason.DIGEST] += int(counts[~same].sum())
-    domain.tables.wake(target.slot, pages_of(records[~same]))
+    if not same.all():
+        refused[Reason.DIGEST] += int(counts[~same].sum())
+        domain.tables.wake(target.slot, pages_of(records[~same]))
     return records[same]
 
 

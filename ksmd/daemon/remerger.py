@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 
+import numpy as np
+
 from ksmd.core.windows import advice_of, columns, windows_of
+from ksmd.daemon.accounting import stretches_of
 from ksmd.daemon.merger import Merger, MergeResult
 from ksmd.daemon.state import Domain, Target
 from ksmd.daemon.targets import Targets
+from ksmd.kernel.pagemap import pages_in
 from ksmd.model.errors import TargetGoneError
-from ksmd.model.units import PAGE_SHIFT
+from ksmd.model.units import PAGE_SHIFT, PAGE_SIZE
 from ksmd.model.window import Op, Record
+from ksmd.remap.store import Extent
 
 #: VmFlags of merged memory, given since, that a mapping made anew would lose: locked, and the like.
 _NEVER_AGAIN = frozenset({"lo", "lf", "dc", "dd"})
@@ -56,23 +61,40 @@ class Remerger:
         return here and self._merger.may_stop(target, asked)
 
     def _equal_again(self, domain: Domain, target: Target) -> dict[int, list[Record]]:
-        found: dict[int, list[Record]] = defaultdict(list)
+        self._targets.recall_mappings(target)
+        if not self._found(domain, target):
+            return {}
+        # flags do not show in maps; with them the kernel looks at every page
         self._targets.read_mappings(target, flags=True)
-        for vma, extent in target.mappings:
-            if extent.number not in domain.store.extents or vma.flags & _NEVER_AGAIN:
-                continue
-            if not vma.perms.startswith("rw-"):
-                continue
-            said = advice_of(vma.flags)
-            _, broken = target.pagemap.still_shared(vma.start, vma.end)
-            for page in broken[target.pagemap.exclusive_of(broken)].tolist():
-                offset = vma.offset + (page << PAGE_SHIFT) - vma.start
-                index = extent.index(offset)
-                # never so that we wait for a page: the pager may be dead, and we its only heir
-                held = target.memory.read(page << PAGE_SHIFT, 1 << PAGE_SHIFT)
-                # as bytes: memoryviews are compared item by item
-                if 0 <= index < extent.npages and bytes(extent.view(index, 1)) == held:
-                    found[extent.number].append(
-                        Record(Op.REMERGE, page << PAGE_SHIFT, 1 << PAGE_SHIFT, offset, said)
-                    )
+        return self._found(domain, target)
+
+    def _found(self, domain: Domain, target: Target) -> dict[int, list[Record]]:
+        """Give what equals the store again, by extent, as far as is known of the mappings."""
+        found: dict[int, list[Record]] = defaultdict(list)
+        merged = target.mappings
+        vmas, number = merged.vmas, merged.of_vmas(lambda extent: extent.number)
+        fit = vmas.where(
+            lambda kind: kind.perms.startswith("rw-") and not kind.flags & _NEVER_AGAIN
+        )
+        for at, low, high, ours in stretches_of(target.pagemap, merged):
+            broken = ~ours & fit[at]
+            counts = (high - low)[broken].astype(np.int64)
+            pages, which = pages_in(low[broken], counts), np.repeat(at[broken], counts)
+            own = target.pagemap.exclusive_of(pages)
+            for page, mapping in zip(pages[own].tolist(), which[own].tolist(), strict=True):
+                extent = domain.store.extents.get(int(number[mapping]))
+                start = page << PAGE_SHIFT
+                offset = int(vmas.offsets[mapping]) + start - int(vmas.starts[mapping])
+                if extent is not None and _equals(target, start, extent, extent.index(offset)):
+                    said = advice_of(vmas.kinds[vmas.kind[mapping]].flags)
+                    record = Record(Op.REMERGE, start, PAGE_SIZE, offset, said)
+                    found[extent.number].append(record)
         return found
+
+
+def _equals(target: Target, start: int, extent: Extent, index: int) -> bool:
+    if not 0 <= index < extent.npages:
+        return False
+    # never so that we wait for a page: the pager may be dead, and we its only heir
+    held = target.memory.read(start, PAGE_SIZE)
+    return bytes(extent.view(index, 1)) == held  # memoryviews are compared item by item

@@ -42,8 +42,9 @@ from ksmd.settings.values import Settings, TableSizes
 Registered = Callable[[TargetId | None], Iterable[Selected]]
 #: VmFlags of memory that is registered with a userfaultfd: missing, write-protected, minor.
 _FAULT_FLAGS = frozenset({"um", "uw", "ui"})
-#: Seconds for which flags that were read with unchanged maps are good enough to scan by.
-_REREAD_SECS = 60.0
+#: Seconds for which flags are good enough to scan by: at least and at most, and in between so much
+#: for each mapping. It takes some 8 us to read one, which is a tenth of a percent of one core then.
+_REREAD_SECS, _REREAD_MOST, _REREAD_EACH = 60.0, 600.0, 0.01
 #: And maps itself, while it is as long as it was.
 _MAPS_SECS = 10.0
 _TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
@@ -101,7 +102,8 @@ class Targets:
     def refreshing(self, *, if_changed: bool = False) -> Iterator[None]:
         """Do as :meth:`refresh`, yielding after each target: maps may be long.
 
-        *if_changed*: flags may be a minute old. That is enough to scan by, not to merge by.
+        *if_changed*: flags may be a minute old, or older where there are very many. That is enough
+        to scan by, not to merge by.
         """
         wanted, self.refusals = self._wanted()
         self._seen = frozenset(wanted)
@@ -119,7 +121,7 @@ class Targets:
                 self._add(selected)
         for target in self:
             if not (if_changed and self._unmoved(target)):
-                self.read_areas(target, max_age=_REREAD_SECS if if_changed else 0.0)
+                self.read_areas(target, max_age=_flags_last(target) if if_changed else 0.0)
             yield
 
     def _unmoved(self, target: Target) -> bool:
@@ -129,7 +131,7 @@ class Targets:
         Maps of tens of thousands of mappings take longer than all else a pass does when idle.
         """
         now = time.monotonic()
-        aged = now - target.maps_read > _MAPS_SECS or now - target.flags_read > _REREAD_SECS
+        aged = now - target.maps_read > _MAPS_SECS or now - target.flags_read > _flags_last(target)
         if aged or target.last_window >= target.maps_read:
             return False
         with contextlib.suppress(TargetGoneError):
@@ -386,6 +388,10 @@ class Targets:
             if target.refused is not None:
                 counts[target.refused] += 1
         return counts
+
+
+def _flags_last(target: Target) -> float:
+    return min(max(_REREAD_SECS, target.vmas * _REREAD_EACH), _REREAD_MOST)
 
 
 class PagerKeeper:

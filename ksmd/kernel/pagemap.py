@@ -120,10 +120,11 @@ def has_scan() -> bool:
 def _expand(regions: NDArray[np.void]) -> tuple[Pages, NDArray[np.uint64]]:
     """Turn regions into page numbers and the categories of each page."""
     counts = ((regions["end"] - regions["start"]) >> _SHIFT).astype(np.int64)
-    return _ranges(regions["start"] >> _SHIFT, counts), np.repeat(regions["categories"], counts)
+    return pages_in(regions["start"] >> _SHIFT, counts), np.repeat(regions["categories"], counts)
 
 
-def _ranges(first: Pages, counts: NDArray[np.int64]) -> Pages:
+def pages_in(first: Pages, counts: NDArray[np.int64]) -> Pages:
+    """Give all page numbers of ranges, by their first pages and their lengths."""
     before = np.cumsum(counts) - counts
     pages = np.arange(int(counts.sum()), dtype=np.uint64)
     pages += np.repeat(first - before.astype(np.uint64), counts)
@@ -236,7 +237,7 @@ class PageMap:
         that are absent, in swap, or the zero page are neither.
         """
         first, npages, shared = self.sharing(start, end)
-        pages, shared = _ranges(first, npages), np.repeat(shared, npages)
+        pages, shared = pages_in(first, npages), np.repeat(shared, npages)
         return pages[shared], pages[~shared]
 
     def sharing(self, start: int, end: int) -> tuple[Pages, NDArray[np.int64], Flags]:

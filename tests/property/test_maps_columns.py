@@ -121,8 +121,8 @@ def test_what_a_merge_leaves_of_a_mapping_has_the_flags_that_the_whole_had() -> 
 @pytest.mark.parametrize(
     "now",
     [
-        vma(9, 12),  # begins before
-        vma(18, 22),  # reaches into the next one
+        vma(18, 62),  # reaches into one that is locked
+        vma(25, 32),  # and into one that is none of its kind
         vma(40, 41),  # where nothing was
         vma(5, 6),
         vma(12, 14, perms="r--p"),
@@ -133,10 +133,19 @@ def test_what_a_merge_leaves_of_a_mapping_has_the_flags_that_the_whole_had() -> 
 )
 def test_what_was_not_there_as_it_is_now_is_to_be_read(now: Vma) -> None:
     library = vma(30, 40, ANON, inode=3, device=(8, 1), path="/lib", offset=100)
-    before = [vma(10, 20, ANON), vma(20, 30, ANON), library]
+    before = [vma(10, 20, ANON), vma(20, 30, ANON), library, vma(60, 70, LOCKED)]
     assert inherited([now], before) is None
     part = library._replace(start=32, end=34, offset=102, flags=frozenset())
     assert inherited([part], before) == [part._replace(flags=ANON)]
+
+
+def test_what_has_grown_or_been_joined_has_the_flags_of_its_parts() -> None:
+    before = [vma(10, 20, ANON), vma(25, 30, ANON), vma(40, 50, LOCKED)]
+    now = [vma(8, 32), vma(39, 70)]
+    assert inherited(now, before) == [vma(8, 32, ANON), vma(39, 70, LOCKED)]
+    assert inherited([vma(8, 41)], before) is None
+    heap = vma(10, 20, ANON, path="[heap]")
+    assert inherited([heap._replace(end=30, flags=frozenset())], [heap]) == [heap._replace(end=30)]
 
 
 def test_without_anything_read_before_only_the_store_is_known() -> None:
