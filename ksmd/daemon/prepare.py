@@ -73,6 +73,9 @@ def refuse_early(target: Target, engine: Engine, deadline_ms: float) -> None:
         raise RefusedTargetError(Reason.TRACED, f"tracer {status['TracerPid']}")
     if risks.frozen(pid):
         raise RefusedTargetError(Reason.FROZEN)
+    # the stop would find that out, too; but what follows looks at every process of the host
+    if status.get("State", "").startswith("D"):
+        raise RefusedTargetError(Reason.UNSTOPPABLE, "it is in state D")
     if (other := risks.shares_memory(pid)) is not None:
         raise RefusedTargetError(Reason.SHARED_MM, f"pid {other}")
     if found := risks.pin_risks(pid):
