@@ -62,7 +62,7 @@ class Service:
         self._config = config
         self._paused = False
         self._leaving = False
-        # before the first child process, so that a second daemon disturbs nothing
+        # before any child but who reads settings, so that a second daemon disturbs nothing
         self.server = ControlServer(
             socket,
             self.dispatch,

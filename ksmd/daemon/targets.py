@@ -43,7 +43,7 @@ Registered = Callable[[TargetId | None], Iterable[Selected]]
 #: VmFlags of memory that is registered with a userfaultfd: missing, write-protected, minor.
 _FAULT_FLAGS = frozenset({"um", "uw", "ui"})
 #: Seconds for which flags are good enough to scan by: at least and at most, and in between so much
-#: for each mapping. It takes some 8 us to read one, which is a tenth of a percent of one core then.
+#: for each mapping. To read one takes some 6 us: less than a tenth of a percent of one core then.
 _REREAD_SECS, _REREAD_MOST, _REREAD_EACH = 60.0, 600.0, 0.01
 #: And maps itself, while it is as long as it was.
 _MAPS_SECS = 10.0
@@ -331,7 +331,7 @@ class Targets:
     def read_areas(self, target: Target, *, max_age: float = 0.0) -> None:
         """Read the target's maps: what may be scanned, what not, and what is merged.
 
-        What maps shows as it was, or as parts of what was, has the flags that it had, if those are
+        What maps shows as it was, or in another shape, has the flags that it had, if those are
         no older than *max_age*, in seconds: they do not show in maps, and to give them the kernel
         looks at every page.
         """

@@ -26,8 +26,8 @@ _NO_DIGIT = 255
 _VALUE = np.full(256, _NO_DIGIT, np.uint8)
 _VALUE[np.frombuffer(b"0123456789abcdef", np.uint8)] = np.arange(16)
 _FLAGS = b"\nVmFlags:"
-#: What differs from one mapping's fields to the next one's.
-_FIGURES = b"0123456789 "
+#: What differs from one mapping's fields to the next one's is as good as a space.
+_FIGURES = bytes.maketrans(b"0123456789", b" " * 10)
 
 
 def maps(pid: int, tid: int | None = None) -> Vmas:
@@ -75,7 +75,7 @@ def _with_flags(text: bytes) -> bytes | None:
         stop = text.find(b"\n", flags + 1) if flags >= 0 else -1
         if stop < 0:
             return None
-        fields = text[line + 1 : flags + 1].translate(None, _FIGURES)
+        fields = text[line + 1 : flags + 1].translate(_FIGURES)
         if fields not in known:
             if not _are_fields(text[line + 1 : flags]):
                 return None

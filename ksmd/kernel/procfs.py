@@ -173,6 +173,7 @@ _MAPS_TEXT = re.compile(
 )
 _SMAPS_FIELD = re.compile(rb"(?![0-9a-f])[A-Za-z0-9_]{1,64}:")
 _HEX_DIGITS = b"0123456789abcdef"
+_NO_FLAGS: frozenset[str] = frozenset()
 
 
 def _bytes(text: str | bytes) -> bytes:
@@ -211,7 +212,7 @@ def _rows(text: bytes) -> list[Vma] | None:
             return None
         columns = (
             start, end, _text(perms), int(offset, 16), _device(device), int(inode), _text(path),
-            flags(),
+            _NO_FLAGS,
         )  # fmt: skip
         vmas.append(new(Vma, columns))
     return vmas if at == len(text) else None
@@ -266,7 +267,7 @@ def is_smaps_field(line: bytes) -> bool:
 
 
 @functools.lru_cache(maxsize=256)  # a host knows a few dozen sets of flags
-def flags(words: bytes = b"") -> frozenset[str]:
+def flags(words: bytes) -> frozenset[str]:
     """Read what follows "VmFlags:"."""
     return frozenset(os.fsdecode(word) for word in words.split())
 
@@ -370,7 +371,8 @@ def anonymous_pages(pid: int) -> int:
 
 def mapped_pages(pid: int) -> tuple[int, int, int]:
     """Count the pages that a process has mapped: all, code, data and stack (statm)."""
-    size, _, _, code, _, data, _ = read_process(pid, "statm").split()
+    statm = read_file(task_path(pid, "statm"), f"process {pid}")
+    size, _, _, code, _, data, _ = statm.split()
     return int(size), int(code), int(data)
 
 

@@ -46,7 +46,6 @@ from ksmd.settings.kinds import (
     TableSize,
     list_to_tuple,
 )
-from ksmd.settings.values import TableSizes
 
 
 class _Model(BaseModel):
@@ -370,7 +369,7 @@ class Settings(_Model):
             )
         return self
 
-    def resolved_tables(self, free_pages: int) -> TableSizes:
+    def resolved_tables(self, free_pages: int) -> values.TableSizes:
         """Sizes of the tables on a host with ``free_pages`` free 4 KiB pages."""
         return self.plain().resolved_tables(free_pages)
 

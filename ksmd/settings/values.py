@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ksmd.model.units import PAGE_SIZE
-
 LEAST_TABLE_SIZE = 1024
 
 Regions = Literal["anon", "heap"] | tuple["Region", ...]
@@ -103,11 +101,6 @@ class Region:
 
     start: int
     npages: int
-
-    @property
-    def end(self) -> int:
-        """The first address after the region."""
-        return self.start + self.npages * PAGE_SIZE
 
 
 @dataclass(frozen=True, slots=True)

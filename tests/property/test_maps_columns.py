@@ -49,6 +49,7 @@ LINES = st.lists(
             b"VmFlags: rd\n",
             b"Size: 4 kB\nRss: 1 kB\nVmFlags: rd ex\n",
             b"9ize: 4 kB\n",
+            b"9Size: 4 kB\nRss: 1 kB\nVmFlags: rd ex\n",
             b"no field\n",
         ]
     ),

@@ -176,6 +176,28 @@ def test_a_zombie_is_known_as_one() -> None:
         os.waitpid(pid, 0)
 
 
+def test_what_a_process_has_mapped_is_known_after_its_first_thread_has_ended() -> None:
+    """Its own statm is all zeros then, and would never change."""
+    script = (
+        "import ctypes, threading, time\n"
+        "threading.Thread(target=lambda: (time.sleep(0.2), print('on', flush=True),"
+        " time.sleep(60))).start()\n"
+        "ctypes.CDLL(None).syscall(60, 0)\n"  # exit(2): this thread alone
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"on\n"
+            assert procfs.task_stat(process.pid, process.pid).state == "Z"
+            assert procfs.read_process(process.pid, "statm").split() == [b"0"] * 7
+            size, code, data = procfs.mapped_pages(process.pid)
+            assert size > data > code > 0
+        finally:
+            process.kill()
+    with pytest.raises(TargetGoneError):
+        procfs.mapped_pages(process.pid)
+
+
 def test_our_own_process_is_described_truly() -> None:
     info = procfs.process_info(os.getpid())
     assert info.uid == os.geteuid()

@@ -59,7 +59,7 @@ def test_it_is_as_if_read_here(tmp_path: Path) -> None:
     assert given.content == effective(here.settings)
     assert given.sources == here.sources
     assert given.sources["scan", "pages_to_scan"] == f"{file}:4"
-    assert given.settings.targets[1].regions[0].end == 0x7F0000003000
+    assert given.settings.targets[1].regions[0] == values.Region(0x7F0000000000, 3)
     assert hash(given.settings)
 
 
