@@ -56,16 +56,14 @@ def find_pager(name: str, patience: float = _PATIENCE_SECS) -> Pager | None:
     The name of both is the control socket's path. KsmdError when the earlier daemon lives, and has
     done so for *patience* seconds.
     """
-    _dispel(name)
-    found = []
-    for pid in door.pagers(name):
-        try:
-            pager = _claim(pid, name, patience)
-        except PagerGoneError as error:
-            log.error("the pager %d of an earlier daemon is left alone: %s", pid, error)
-            continue
-        if pager is not None:
-            found.append(pager)
+    deadline = time.monotonic() + patience
+    found: list[Pager] = []
+    stood = True
+    while stood and time.monotonic() < deadline:
+        stood = _dispel(name)
+        found += _claim_all(set(door.pagers(name)) - {pager.pid for pager in found}, name, patience)
+        # one that was killed before it was ours comes back, with all that it guarded
+        stood &= not any(pager.standing for pager in found)
     if not found:
         return None
     # one that holds something, before one that only stands by
@@ -84,10 +82,11 @@ def find_pager(name: str, patience: float = _PATIENCE_SECS) -> Pager | None:
     return first
 
 
-def _dispel(name: str) -> None:
+def _dispel(name: str) -> bool:
     """End what a pager that was killed leaves for a moment: it would pass for a guard.
 
     A pager that stood by itself comes back: to start without it is to leave all that it guarded.
+    Give whether there is one, or was a moment ago.
     """
     awaited = False
     for pid in door.left_shadows(name):
@@ -98,13 +97,27 @@ def _dispel(name: str) -> None:
                 shadow.dispel(pidfd)
                 awaited |= stood
             os.close(pidfd)
+    seen = awaited
     deadline = time.monotonic() + SUCCESSOR
     while (awaited or door.standing(name)) and time.monotonic() < deadline:
+        seen = True
         for pid in door.standing(name):
             if (end := door.knock(pid)) is not None:  # it has come so far
                 end.close()
-                return
+                return True
         time.sleep(_PAUSE_SECS)
+    return seen
+
+
+def _claim_all(pids: set[int], name: str, patience: float) -> Iterator[Pager]:
+    for pid in sorted(pids):
+        try:
+            pager = _claim(pid, name, patience)
+        except PagerGoneError as error:
+            log.error("the pager %d of an earlier daemon is left alone: %s", pid, error)
+            continue
+        if pager is not None:
+            yield pager
 
 
 def _claim(pid: int, name: str, patience: float) -> Pager | None:

@@ -103,7 +103,7 @@ def _parent(pid: int) -> int:
 def _commands(*, shadows: bool = False) -> Iterator[tuple[int, list[bytes]]]:
     """Give the pid and the last two arguments of everything that looks like a pager.
 
-    Or like the shadow of one.
+    Or like the shadow of one. What anybody started under such a name makes nobody wait.
     """
     for pid in procfs.pids():
         try:
@@ -111,9 +111,10 @@ def _commands(*, shadows: bool = False) -> Iterator[tuple[int, list[bytes]]]:
             if words[-5:-3] != [b"-m", MODULE.encode()]:
                 continue
             shade = procfs.read_process(pid, "comm").strip() == shadow.COMM.encode()
-        except KsmdError:
+            trusted = _could_be_us(pid)
+        except (KsmdError, OSError):
             continue
-        if shade == shadows:
+        if shade == shadows and trusted:
             yield pid, words[-3:-1]
 
 

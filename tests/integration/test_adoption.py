@@ -80,14 +80,15 @@ def test_while_its_daemon_lives_a_pager_belongs_to_nobody_else(pager: Pager) -> 
     assert pager.stats()["contexts"] == 0
 
 
-def test_who_only_looks_like_a_pager_is_not_believed(name: str) -> None:
+@pytest.mark.parametrize("mark", ["7", door.STANDING])
+def test_who_only_looks_like_a_pager_is_not_believed(mark: str, name: str) -> None:
     code = "import os, time; os.setuid(65534); print(flush=True); time.sleep(600)"
-    words = [sys.executable, "-c", code, "-P", "-m", door.MODULE, "7", name]
+    words = [sys.executable, "-c", code, "-P", "-m", door.MODULE, mark, name]
     with subprocess.Popen(words, stdout=subprocess.PIPE) as nobody:
         try:
             assert nobody.stdout is not None
             nobody.stdout.readline()
-            assert door.pagers(name) == [nobody.pid]
+            assert door.pagers(name) == door.standing(name) == []  # nor waited for
             assert door.knock(nobody.pid) is None
         finally:
             nobody.kill()

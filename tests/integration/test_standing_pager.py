@@ -246,6 +246,44 @@ def test_a_daemon_that_starts_while_the_manager_restarts_its_pager_waits_for_it(
     heir.close(force=True)
 
 
+@pytest.mark.parametrize(
+    ("whose", "step"),
+    [(door, "knock"), (adopt, "_claim"), (Pager, "_await_all"), (Pager, "_tell_key")],
+    ids=["before the knock", "before the claim", "half way through", "with the key untold"],
+)
+def test_a_daemon_whose_pager_is_killed_while_it_is_taken_over_waits_for_the_next(
+    whose: object,
+    step: str,
+    manager: ServiceManager,
+    contexts: tuple[int, int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    manager.start()
+    pager = take(manager)
+    pager.guard(5, contexts[0], about={"pid": 77})
+    until(lambda: "guard-5" in manager.kept)
+    die(pager)
+    later = threading.Timer(0.5, manager.start)
+    does = getattr(whose, step)
+
+    def killed_first(*arguments: object) -> object:
+        if not later.is_alive():
+            monkeypatch.undo()
+            manager.kill()
+            later.start()
+        return does(*arguments)
+
+    monkeypatch.setattr(whose, step, killed_first)
+    heir = take(manager)
+    if not heir.alive():  # noticed at the next message
+        heir.restart()
+    later.join()
+    assert (heir.standing, heir.ids) == (True, [5])
+    assert heir.stats()["contexts"] == 1
+    assert door.pagers(manager.name) == [heir.pid]
+    heir.close(force=True)
+
+
 def test_the_guard_stands_although_a_daemon_came_first_with_a_pager_that_holds_nothing(
     manager: ServiceManager, contexts: tuple[int, int]
 ) -> None:
