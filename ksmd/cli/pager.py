@@ -8,13 +8,14 @@ it once nothing is merged; --give-back is what a service manager runs before tha
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 from pathlib import Path
 
 from ksmd.daemon.protocol import DEFAULT_SOCKET
 from ksmd.guard import door
-from ksmd.kernel import capabilities
+from ksmd.kernel import capabilities, priority
 
 HELP = "guard merged memory beyond the life of ksmd run"
 
@@ -43,6 +44,8 @@ def run(args: argparse.Namespace) -> int:
         from ksmd.daemon import giveback  # noqa: PLC0415
 
         return giveback.run(name)
+    with contextlib.suppress(OSError):  # the pager tells who is to know
+        priority.go_before_others()
     # for locking, and for taking pins from a daemon; see also door.py
     capabilities.pass_on(("CAP_IPC_LOCK", "CAP_SYS_PTRACE"))
     command = door.command(door.STANDING, name)

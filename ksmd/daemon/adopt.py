@@ -97,15 +97,10 @@ def _dispel(name: str) -> bool:
                 shadow.dispel(pidfd)
                 awaited |= stood
             os.close(pidfd)
-    seen = awaited
-    deadline = time.monotonic() + SUCCESSOR
-    while (awaited or door.standing(name)) and time.monotonic() < deadline:
-        seen = True
-        for pid in door.standing(name):
-            if (end := door.knock(pid)) is not None:  # it has come so far
-                end.close()
-                return True
-        time.sleep(_PAUSE_SECS)
+    seen = awaited or bool(door.standing(name))
+    if seen and (found := door.open_standing(name, SUCCESSOR)) is not None:
+        _, end = found  # to see that it has come so far
+        end.close()
     return seen
 
 
@@ -124,7 +119,7 @@ def _claim(pid: int, name: str, patience: float) -> Pager | None:
     deadline = time.monotonic() + patience
     while (end := door.knock(pid)) is not None:
         try:
-            return Pager.adopt(end, name)
+            return Pager.adopt(end, name, pid)
         except PagerRefusedError as error:
             if time.monotonic() > deadline:
                 raise KsmdError(

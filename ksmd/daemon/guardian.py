@@ -20,30 +20,32 @@ from ksmd.guard.stored import Stored
 
 log = logging.getLogger(__name__)
 
-#: How often another pager is looked for, where one is awaited.
-_LOOK_SECS = 1.0
+#: How often another pager is looked for, where one is awaited; and where one is missed, at first
+#: and in the end: it costs a look at every process.
+_LOOK_SECS, _LOOK_SELDOM_SECS = 1.0, 60.0
 
 
 class Guardian:
     """Our pager. ``adopted``: it holds, or may hold, what an earlier daemon merged.
 
     ``awaited``: all was unmerged because its service stops, and we go on with the next one.
+    ``missed``: one that stood by did not come back in time, and ours took its place till it does.
     """
 
     def __init__(self, name: str, manager: Stored) -> None:
         running = find_pager(name)
         self.pager = running or Pager(name)
         self.adopted = self.pager.recall(manager) or running is not None
-        self.awaited = False
+        self.awaited = self.missed = False
         self._name = name
-        self._next_look = 0.0
+        self._next_look, self._pause = 0.0, _LOOK_SECS
         self._selector: selectors.BaseSelector | None = None
         self._replaced: Callable[[], None] = lambda: None
 
     def start(self) -> None:
         """Start one of our own, if there is none yet."""
         if not self.pager.alive():
-            self.pager.restart()  # the one that was adopted may have died since
+            self._restart()  # the one that was adopted may have died since
         for failed in self.pager.failed:
             log.warning("the pager %s", failed)
 
@@ -69,11 +71,14 @@ class Guardian:
         self.pager.close()
 
     def look(self) -> None:
-        """Move over to a pager that is awaited and stands by. Cheap: call it at every turn."""
+        """Move over to a pager that is wanted and stands by. Cheap: call it at every turn."""
         now = time.monotonic()
-        if self.awaited and not self.pager.standing and now >= self._next_look:
-            self._next_look = now + _LOOK_SECS
+        wanted = self.awaited or self.missed
+        if wanted and not self.pager.standing and now >= self._next_look:
+            self._next_look = now + (_LOOK_SECS if self.awaited else self._pause)
+            self._pause = min(2 * self._pause, _LOOK_SELDOM_SECS)
             if door.standing(self._name):
+                log.info("a pager stands by itself again: it takes the place of ours")
                 self.pager.standing = True
                 self._replace()
 
@@ -91,7 +96,13 @@ class Guardian:
                 log.error("the pager (pid %d) died; starting another", pid)
             self._replace()
 
-    def _replace(self) -> None:
+    def _restart(self) -> None:
+        stood = self.pager.standing
         self.pager.restart()
+        self.missed = (self.missed or stood) and not self.pager.standing
+        self._next_look, self._pause = time.monotonic() + _LOOK_SECS, _LOOK_SECS
+
+    def _replace(self) -> None:
+        self._restart()
         self._watch()
         self._replaced()

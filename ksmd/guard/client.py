@@ -99,7 +99,7 @@ class Pager:
                 start_new_session=True,
             )
         self._line.attach(mine, self._process.pid)
-        hello = self._line.receive(time.monotonic() + DEADLINE)
+        hello = self._line.receive(self._line.patience())
         self._line.see(hello["shadow"])
         self.failed = list(hello["failed"])
         self._tell_key()
@@ -110,8 +110,8 @@ class Pager:
         self._ask({"do": "secret", "key": self.key.hex(), "children": known})
 
     @classmethod
-    def adopt(cls, end: socket.socket, name: str = "") -> Pager:
-        """Take over a running pager by a channel's end from ``door.knock``.
+    def adopt(cls, end: socket.socket, name: str = "", pid: int = 0) -> Pager:
+        """Take over a running pager, *pid*, by a channel's end from ``door.knock``.
 
         All its contexts come to us; :meth:`ids` names the targets. PagerRefusedError while another
         daemon owns it. A pager of another version is replaced by one of ours.
@@ -119,8 +119,11 @@ class Pager:
         pager = cls(name)
         pager._line.end = end
         try:
+            if pid:
+                pager._line.attach(end, pid)
             answer = pager._ask({"do": "claim"})
-            pager._line.attach(end, int(answer["pid"]))
+            if not pid:
+                pager._line.attach(end, int(answer["pid"]))
             pager._line.see(answer.get("shadow", 0))
             pager._await_all()
             pager._rings = {
@@ -138,8 +141,8 @@ class Pager:
         return pager
 
     def _await_all(self) -> None:
-        deadline = time.monotonic() + DEADLINE
-        while time.monotonic() < deadline:
+        patience = self._line.patience()
+        while patience.left():
             self.living_children()  # the dead count for nothing
             held = self.stats()
             if (held["contexts"], held["children"], held["extents"]) == (
@@ -219,16 +222,16 @@ class Pager:
     def _await_successor(self) -> bool:
         """Wait for the next pager that its service manager starts, and take it over."""
         deadline = time.monotonic() + SUCCESSOR
-        while time.monotonic() < deadline:
-            for pid in door.standing(self.name):
-                end = door.knock(pid)
-                if end is not None:
-                    with contextlib.suppress(PagerGoneError, PagerRefusedError):
-                        self._line.attach(end, pid)
-                        self._take_over()
-                        self.standing = True
-                        return True
-                    self._line.detach()
+        while (found := door.open_standing(self.name, SUCCESSOR)) is not None:
+            pid, end = found
+            with contextlib.suppress(PagerGoneError, PagerRefusedError):
+                self._line.attach(end, pid)
+                self._take_over()
+                self.standing = True
+                return True
+            self._line.detach()
+            if time.monotonic() > deadline:
+                break
             time.sleep(0.05)
         return False
 
@@ -236,9 +239,10 @@ class Pager:
         """Learn what the service manager alone still held (children), and have all let go there."""
         targets, extents = set(self._holds.targets), set(self._holds.extents)
         self._line.see(self._ask({"do": "claim"})["shadow"])
-        deadline = time.monotonic() + DEADLINE
-        while self.stats()["untold"] and time.monotonic() < deadline:
-            pass
+        patience = self._line.patience()
+        while self.stats()["untold"]:
+            if not patience.left():  # what it has not told us, "clear" would end
+                raise PagerGoneError("it does not tell all that it holds")
         self._ask({"do": "clear"})
         for target in set(self._holds.targets) - targets:  # dropped while there was no pager
             self._holds.drop_target(target)

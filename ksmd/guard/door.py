@@ -19,10 +19,12 @@ import os
 import select
 import socket
 import sys
+import time
 from collections.abc import Iterator
 
 from ksmd.guard import shadow
 from ksmd.kernel import channel, libc, procfs
+from ksmd.kernel.patience import Patience
 from ksmd.model.errors import KsmdError
 
 MODULE = "ksmd.guard.pager"
@@ -32,6 +34,7 @@ OUTER = 3
 STANDING = "-"
 
 _CAP_SYS_PTRACE = 1 << 19
+_AGAIN = 0.05  # s: an open door is looked for
 
 
 def command(channel_or_standing: int | str, name: str) -> list[str]:
@@ -78,6 +81,25 @@ def standing(name: str = "") -> list[int]:
         for pid, words in _commands()
         if words[0] == mark and (names is None or words[1] in names)
     ]
+
+
+def open_standing(name: str, seconds: float) -> tuple[int, socket.socket] | None:
+    """Wait for a pager that stands by itself to open its door: its pid, and a channel to it.
+
+    Its service manager is given *seconds* to start one, and each that is started as much to load.
+    """
+    patience, known = Patience(seconds), set[int]()
+    while True:
+        pids = set(standing(name))
+        for pid in pids:
+            if (end := knock(pid)) is not None:
+                return pid, end
+        if pids - known:
+            patience = Patience(seconds, *pids)
+            known |= pids
+        if not patience.left():
+            return None
+        time.sleep(_AGAIN)
 
 
 def left_shadows(name: str) -> dict[int, bool]:

@@ -7,15 +7,15 @@ import os
 import select
 import signal
 import socket
-import time
 from collections.abc import Callable, Collection
 from typing import Any
 
 from ksmd.guard import shadow
 from ksmd.kernel import channel
+from ksmd.kernel.patience import Patience
 from ksmd.model.errors import KsmdError
 
-#: Seconds after which a pager that does not answer is taken for dead.
+#: Seconds after which a pager that does not answer is taken for dead: of its own, see Patience.
 DEADLINE = 10.0
 
 #: Told of every message, and the descriptors that came with it, before it is used.
@@ -101,15 +101,13 @@ class Line:
 
     def ask(self, header: dict[str, Any], *fds: int) -> dict[str, Any]:
         """Send a message and give its answer; news that come before it are taken."""
-        deadline = time.monotonic() + DEADLINE
-        end = self._channel()
-        end.settimeout(DEADLINE)
+        patience = self.patience()
         try:
-            channel.send(end, header, fds=fds)
+            patience.send(self._channel(), header, fds=fds)
         except (channel.PeerGoneError, TimeoutError) as error:
             raise PagerGoneError("its channel is closed or full") from error
         while True:
-            answer = self.receive(deadline)
+            answer = self.receive(patience)
             if "ok" in answer:
                 break
         if not answer["ok"]:
@@ -121,12 +119,14 @@ class Line:
             raise PagerGoneError("it was not started")
         return self.end
 
-    def receive(self, deadline: float) -> dict[str, Any]:
+    def patience(self) -> Patience:
+        """Give the pager its time from now on."""
+        return Patience(DEADLINE, self.pid)
+
+    def receive(self, patience: Patience) -> dict[str, Any]:
         """Take one message; news are noted before they are returned."""
-        end = self._channel()
-        end.settimeout(max(0.001, deadline - time.monotonic()))
         try:
-            header, _, fds = channel.receive(end)
+            header, _, fds = patience.receive(self._channel())
         except channel.PeerGoneError as error:
             raise PagerGoneError("it closed its channel") from error
         except TimeoutError as error:
@@ -140,7 +140,7 @@ class Line:
             return False
         while select.select([self.end], [], [], 0)[0]:
             try:
-                self.receive(time.monotonic() + DEADLINE)
+                self.receive(self.patience())
             except PagerGoneError:
                 return False
         return True

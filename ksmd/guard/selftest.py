@@ -18,12 +18,13 @@ import sys
 from ksmd.guard.client import Pager
 from ksmd.guard.line import PagerGoneError, PagerRefusedError
 from ksmd.kernel import channel
+from ksmd.kernel.patience import Patience
 from ksmd.model.features import Feature
 
 NAME = "guard self-test"
 WITHOUT = "nothing is merged: memory that a program drops could show it wrong content"
-#: Seconds for each step. They take a few milliseconds, starting the two processes most of the time;
-#: but a host that is short of processors must not be taken for one where nothing may be merged.
+#: Seconds for all steps, of the two processes' own. They take a few milliseconds, starting the two
+#: most of the time.
 DEADLINE = 10.0
 _TARGET = 1
 
@@ -43,7 +44,7 @@ def run(deadline: float = DEADLINE) -> Feature:
         )
         its.close()
         pager.start()
-        present, detail = _watch(mine, pager, deadline)
+        present, detail = _watch(mine, pager, Patience(deadline, rehearsal.pid, pager.pid))
     except (OSError, PagerGoneError) as error:
         present, detail = False, f"cannot rehearse: {error}"
     finally:
@@ -55,13 +56,12 @@ def run(deadline: float = DEADLINE) -> Feature:
     return Feature(NAME, present=present, needed=True, detail=detail, without=WITHOUT)
 
 
-def _watch(end: socket.socket, pager: Pager, deadline: float) -> tuple[bool, str]:
+def _watch(end: socket.socket, pager: Pager, patience: Patience) -> tuple[bool, str]:
     """Serve the rehearsal until it says how it went."""
     step = "start"
-    end.settimeout(deadline)
     while True:
         try:
-            header, _, fds = channel.receive(end)
+            header, _, fds = patience.receive(end)
         except TimeoutError:
             return False, f"{step}: no end; a fault is not answered"
         except channel.PeerGoneError:

@@ -9,7 +9,7 @@ import signal
 import sys
 from collections.abc import Callable
 
-from ksmd.kernel import libc
+from ksmd.kernel import libc, priority
 
 COMM = "ksmd-pager"
 OOM_SCORE_ADJ = -900
@@ -58,6 +58,7 @@ def in_place(*also: signal.Signals) -> list[str]:
         ("raise RLIMIT_NOFILE", lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))),
         ("protect itself from the OOM killer", _protect),
         ("lock its memory", _lock_memory),
+        ("go before others that want a processor", priority.go_before_others),
     )
     for what, step in steps:
         try:

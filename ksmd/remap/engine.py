@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ksmd.kernel import channel, userfaultfd
+from ksmd.kernel.patience import Patience
 from ksmd.model.errors import KernelFeatureError
 from ksmd.model.process import TargetId
 from ksmd.model.refusal import Reason
@@ -69,7 +70,6 @@ class Engine:
         """Start a tracer; :meth:`start` waits for it."""
         self.close()
         self._ours, theirs = channel.pair()
-        self._ours.settimeout(_REPLY_SECONDS)
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "ksmd.remap.tracer", str(theirs.fileno())],
@@ -84,7 +84,7 @@ class Engine:
             self.begin()
         self._awaited = False
         try:
-            channel.receive(self._ours)
+            Patience(_REPLY_SECONDS, self.pid).receive(self._ours)
         except (channel.PeerGoneError, TimeoutError) as error:
             self.close()  # what it says after all would pass for the answer to a request
             raise KernelFeatureError(
@@ -115,12 +115,13 @@ class Engine:
         """Send one request; a refusal of the target is raised as RefusedTargetError."""
         if self._process is None or self._process.poll() is not None:
             self.start()
+        patience = Patience(_REPLY_SECONDS, self.pid)
         try:
-            channel.send(self._ours, header, payload, fds)
+            patience.send(self._ours, header, payload, fds)
             try:
                 meanwhile()
             finally:  # whatever comes of that, the answer is this request's
-                reply, data, out = channel.receive(self._ours)
+                reply, data, out = patience.receive(self._ours)
         except (channel.PeerGoneError, TimeoutError):
             raise self._lost() from None
         if "leaving" in reply:

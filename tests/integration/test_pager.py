@@ -23,12 +23,13 @@ from ksmd.guard import door, shadow
 from ksmd.guard.client import Pager
 from ksmd.guard.line import PagerGoneError, PagerRefusedError
 from ksmd.guard.selftest import run as selftest
-from ksmd.kernel import channel, iouring, libc, memfd, userfaultfd
+from ksmd.kernel import channel, iouring, libc, memfd, priority, userfaultfd
 from ksmd.model.units import PAGE_SIZE
 
 pytestmark = pytest.mark.root
 
 PAGES = 1024
+CAP_SYS_NICE = 1 << 23
 CAP_SYS_RESOURCE = 1 << 24
 #: Seconds; generous, as it only ends tests that would hang.
 PATIENCE = 60.0
@@ -577,8 +578,12 @@ def test_signals_do_not_end_the_pager_and_its_name_is_not_the_kernel_threads(
         assert pager.failed == []
         assert Path(f"/proc/{pager.pid}/oom_score_adj").read_text().strip() == "-900"
     else:
-        (sentence,) = pager.failed
+        (sentence,) = (one for one in pager.failed if "processor" not in one)
         assert sentence.startswith("cannot protect itself from the OOM killer: ")
+    if int(capabilities[1], 16) & CAP_SYS_NICE:
+        assert os.getpriority(os.PRIO_PROCESS, pager.pid) == priority.NICE
+    else:
+        assert pager.failed[-1].startswith("cannot go before others that want a processor: ")
     assert re.search(r"^Name:\tksmd-pager$", status, re.M)
     locked = re.search(r"^VmLck:\s+(\d+) kB$", status, re.M)
     assert locked
