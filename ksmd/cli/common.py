@@ -13,12 +13,13 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from typing import IO, Any
-
-from rich.console import Console
+from typing import IO, TYPE_CHECKING, Any
 
 from ksmd.daemon.protocol import DEFAULT_SOCKET
 from ksmd.model.errors import KsmdError
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 #: Output never gets wider than this, whatever the terminal.
 WIDTH = 100
@@ -26,15 +27,11 @@ INTERRUPTED = 130  # 128 + SIGINT, as a shell would say
 BROKEN_PIPE = 141  # 128 + SIGPIPE
 
 
-class _Console(Console):
-    def on_broken_pipe(self) -> None:
-        """Leave it to :func:`guarded`, as every other broken pipe."""
-        raise BrokenPipeError
-
-
 def console(file: IO[str] | None = None) -> Console:
     """Make the console for *file* (stdout): at most 100 columns, coloured on a terminal only."""
-    made = _Console(file=file or sys.stdout, highlight=False, markup=False, emoji=False)
+    from ksmd.cli.terminal import Terminal  # noqa: PLC0415 - the daemon has no use for rich
+
+    made = Terminal(file=file or sys.stdout, highlight=False, markup=False, emoji=False)
     made.width = min(made.width, WIDTH) if made.is_terminal else WIDTH
     return made
 

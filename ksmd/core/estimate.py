@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ksmd.core.planner import PlanLimits, make_plan
+from ksmd.core.sets import distinct
 from ksmd.core.tables import Members
 from ksmd.model.plan import Plan
 from ksmd.model.units import PAGE_SIZE
@@ -167,7 +168,7 @@ def _members(
 
 def _resident(pfns: NDArray[np.uint64]) -> int:
     known = pfns[pfns != 0]
-    return int(np.unique(known).size + pfns.size - known.size)
+    return int(distinct(known).size + pfns.size - known.size)
 
 
 def _duplicates(
@@ -175,9 +176,9 @@ def _duplicates(
 ) -> tuple[int, int]:
     """Return how many pages repeat one of their own target, and how many only another's."""
     data = ids != zero_id
-    kinds = np.unique(ids[data]).size
+    kinds = distinct(ids[data]).size
     key = (slots[data].astype(np.uint64) << np.uint64(32)) | ids[data]
-    kinds_by_target = np.unique(key).size
+    kinds_by_target = distinct(key).size
     return int(key.size - kinds_by_target), int(kinds_by_target - kinds)
 
 

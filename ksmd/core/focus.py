@@ -6,6 +6,7 @@ from collections.abc import Collection
 
 import numpy as np
 
+from ksmd.core.sets import among, distinct
 from ksmd.core.tables import Members
 
 
@@ -17,7 +18,7 @@ def focus(members: Members, slots: Collection[int], max_pages: int) -> Members:
     most candidates, from its lowest address on: neighbours stay together, and every target that
     shares those contents can follow in its own window.
     """
-    ready = np.isin(members.slots, np.array(sorted(slots), np.uint32))
+    ready = among(members.slots, np.fromiter(slots, np.uint32, len(slots)))
     members = Members(members.slots[ready], members.pages[ready], members.checksums[ready])
     if not max_pages or not len(members):
         return members
@@ -25,6 +26,6 @@ def focus(members: Members, slots: Collection[int], max_pages: int) -> Members:
     if counts.max() <= max_pages:
         return members
     leader = members.slots == found[np.argmax(counts)]
-    wanted = np.unique(members.checksums[leader][:max_pages])
-    kept = np.isin(members.checksums, wanted)
+    wanted = distinct(members.checksums[leader][:max_pages])
+    kept = among(members.checksums, wanted)
     return Members(members.slots[kept], members.pages[kept], members.checksums[kept])

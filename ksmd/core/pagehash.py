@@ -17,10 +17,11 @@ times slower than its AVX2 sort on some CPUs (Zen 4), so the daemon has numpy do
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from ksmd.core.sets import distinct
 
 # Compaction works through the column in pieces that stay in the second-level cache.
 _CHUNK = 1 << 16
@@ -37,14 +38,6 @@ def words_of(checksums: NDArray[np.uint32], rows: NDArray[np.uint32]) -> NDArray
     words <<= np.uint64(32)
     words |= rows.astype(np.uint64)
     return words
-
-
-def distinct(numbers: NDArray[Any]) -> NDArray[Any]:
-    """Return whole numbers in order, each once. np.unique hashes them, which takes far longer."""
-    ordered = np.sort(numbers)
-    fresh = np.ones(ordered.size, np.bool_)
-    np.not_equal(ordered[1:], ordered[:-1], out=fresh[1:])
-    return ordered[fresh]
 
 
 class PageHash:

@@ -34,6 +34,7 @@ from ksmd.core.layout import (
     runs_of,
     spans_of,
 )
+from ksmd.core.sets import among, distinct
 from ksmd.core.tables import Members
 from ksmd.model.plan import Plan
 from ksmd.model.refusal import Reason
@@ -106,7 +107,7 @@ def describe(plan: Plan, names: Mapping[int, str]) -> list[str]:
         f"store {filled:,} new pages in {len(plan.extents):,} extents",
         f"save {_mib(plan.saved_pages * PAGE_SIZE)} at a cost of {_mib(plan.cost_bytes)} of VMAs",
     ]
-    for slot in np.union1d(plan.merges["target"], plan.zeros["target"]).tolist():
+    for slot in distinct(np.concatenate((plan.merges["target"], plan.zeros["target"]))).tolist():
         runs = plan.merges[plan.merges["target"] == slot]["npages"]
         drops = plan.zeros[plan.zeros["target"] == slot]["npages"]
         longest = int(runs.max()) if runs.size else 0
@@ -214,8 +215,8 @@ class _Draft:
     def _refuse(self, runs: NDArray[np.void], verdict: _Verdict, whole_targets: bool) -> None:
         no_profit, budget = verdict.unprofitable, verdict.over_budget
         if whole_targets:
-            stuck = np.unique(runs["target"][no_profit | budget])
-            budget = np.isin(runs["target"], stuck) & ~no_profit
+            stuck = runs["target"][no_profit | budget]
+            budget = among(runs["target"], stuck) & ~no_profit
         length = runs["npages"].astype(np.intp)
         self._refused[Reason.NO_PROFIT] += int(length[no_profit].sum())
         self._refused[Reason.VMA_BUDGET] += int(length[budget].sum())
@@ -288,8 +289,8 @@ def _vmas(runs: NDArray[np.void], order: Index, merged: NDArray[np.void] | None)
     vmas[:-1] -= touch & (rank[1:] < rank[:-1])
     if merged is not None and merged.size:
         old_begins = page_keys(merged["target"], merged["page"])
-        vmas -= np.isin(begins, old_begins + merged["npages"])
-        vmas -= np.isin(ends, old_begins)
+        vmas -= among(begins, old_begins + merged["npages"])
+        vmas -= among(ends, old_begins)
     return vmas
 
 

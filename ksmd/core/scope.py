@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from ksmd.core.sets import among
 from ksmd.core.spans import Spans
 from ksmd.core.tables import Members
 from ksmd.model.units import PAGE_SHIFT
@@ -62,7 +63,7 @@ def within(
     order = np.flatnonzero(covered)
     sums = members.checksums[order]
     # the first covered page of a content is free of charge where it can only be joined by others
-    joined = np.isin(sums, np.concatenate([store_checksums, members.checksums[~covered]]))
+    joined = among(sums, np.concatenate([store_checksums, members.checksums[~covered]]))
     joined |= sums == np.uint32(zero)
     first = np.zeros(sums.size, np.bool_)
     first[np.unique(sums, return_index=True)[1]] = True
@@ -70,7 +71,7 @@ def within(
     allowed = np.cumsum(counts) <= scope.limit
     kept = np.zeros(len(members), np.bool_)
     kept[order[allowed]] = True
-    kept |= ~covered & np.isin(members.checksums, np.unique(sums[allowed]))
+    kept |= ~covered & among(members.checksums, sums[allowed])
     return Members(members.slots[kept], members.pages[kept], members.checksums[kept])
 
 

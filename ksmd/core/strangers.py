@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from ksmd.core.sets import among
 from ksmd.core.tables import Members
 
 #: Seconds. A third page that does equal one of them waits so long at the most.
@@ -34,5 +35,5 @@ class Strangers:
         self._until = {one: until for one, until in self._until.items() if until > now}
         if not self._until:
             return members
-        keep = ~np.isin(members.checksums, np.fromiter(self._until, np.uint32, len(self._until)))
+        keep = ~among(members.checksums, np.fromiter(self._until, np.uint32, len(self._until)))
         return Members(members.slots[keep], members.pages[keep], members.checksums[keep])

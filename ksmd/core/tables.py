@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from ksmd.core.pagehash import PageHash, distinct, words_of
+from ksmd.core.pagehash import PageHash, words_of
 from ksmd.core.rmap import (
     BLOCK_PAGES,
     BLOCK_SHIFT,
@@ -36,6 +36,7 @@ from ksmd.core.rmap import (
     PageBits,
     rows_of,
 )
+from ksmd.core.sets import distinct
 from ksmd.model.tables import Seen
 
 # Scattered pages use up blocks faster than rows. A block for every eight rows lets areas of a few

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ksmd.core.price import WindowPrice
+from ksmd.core.sets import distinct
 from ksmd.core.spans import Spans
 from ksmd.model.tables import RECORD
 from ksmd.model.units import HUGE_PAGE_SIZE, PAGE_SHIFT
@@ -155,7 +156,7 @@ def cut_huge_blocks(records: Records) -> list[int]:
     """
     ranges = np.array(spans(records), np.uint64).reshape(-1)
     edges = ranges[ranges % np.uint64(HUGE_PAGE_SIZE) != 0]
-    blocks: list[int] = np.unique(edges & ~np.uint64(HUGE_PAGE_SIZE - 1)).tolist()
+    blocks: list[int] = distinct(edges & ~np.uint64(HUGE_PAGE_SIZE - 1)).tolist()
     return blocks
 
 

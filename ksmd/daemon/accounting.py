@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ksmd.core.ledger import Ledger, Sharing, count_sharing
-from ksmd.core.pagehash import distinct
+from ksmd.core.sets import among, distinct
 from ksmd.core.spans import NEAR_PAGES, Spans
 from ksmd.daemon.state import Merged, Target
 from ksmd.daemon.targets import Targets
@@ -101,7 +101,7 @@ class Accounting:
             target.pagemap.present(start << PAGE_SHIFT, end << PAGE_SHIFT, 0).pages
             for start, end in _groups(target.zeros)
         ]
-        target.zeros = np.setdiff1d(target.zeros, np.concatenate(written), assume_unique=True)
+        target.zeros = target.zeros[~among(target.zeros, np.concatenate(written))]
         return int(np.count_nonzero(target.ground.spans.find(target.zeros)[1]))
 
     def _release_unused(self) -> None:

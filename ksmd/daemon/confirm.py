@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ksmd.core.digest import DIGEST_SIZE, HEAD_SIZE, sampled
+from ksmd.core.sets import among
 from ksmd.core.spans import Spans
 from ksmd.core.windows import Ground, Records, inside, pages_of
 from ksmd.daemon.state import Domain, Target
@@ -88,7 +89,7 @@ def strangers(runs: NDArray[np.void], users: list[User], extent: Extent) -> NDAr
     *runs* is what was planned. A run of several pages may have failed because of any of them.
     """
     slots = np.array([target.slot for target, _, _ in users], np.uint32)
-    single = runs[(runs["npages"] == 1) & np.isin(runs["target"], slots)]
+    single = runs[(runs["npages"] == 1) & among(runs["target"], slots)]
     planned = np.bincount(single["index"], minlength=extent.npages)
     alone = (planned > 1) & (_users_of_pages(users, extent) < 2) & extent.good
     return extent.checksums[alone]

@@ -173,20 +173,24 @@ def stretches(pages: Pages) -> Iterator[tuple[int, int]]:
 def _read(domain: Domain, target: Target, pages: Pages) -> tuple[Pages, NDArray[np.uint32]]:
     """Read and checksum exclusive pages, buffer by buffer; pages that vanished are left out."""
     checksummer = domain.checksummer
-    kept: list[Pages] = []
-    sums: list[NDArray[np.uint32]] = []
+    sums = np.empty(len(pages), np.uint32)
+    vanished = []
     for start in range(0, len(pages), checksummer.npages):
         chunk = pages[start : start + checksummer.npages]
-        whole = np.ones(len(chunk), np.bool_)
-        pieces = [
-            (int(chunk[first]) << PAGE_SHIFT, (end - first) << PAGE_SHIFT)
-            for first, end in stretches(chunk)
-        ]
-        for low, high in target.memory.gather_exclusive(pieces, checksummer.buffer):
-            whole[low >> PAGE_SHIFT : high >> PAGE_SHIFT] = False
-        found = checksummer.sums(len(chunk))
-        kept.append(chunk[whole])
-        sums.append(found[whole])
-    if not kept:
-        return pages[:0], np.empty(0, np.uint32)
-    return np.concatenate(kept), np.concatenate(sums)
+        for low, high in target.memory.gather_exclusive(_pieces(chunk), checksummer.buffer):
+            vanished.append(np.arange(low >> PAGE_SHIFT, high >> PAGE_SHIFT) + start)
+        sums[start : start + len(chunk)] = checksummer.sums(len(chunk))
+    if not vanished:
+        return pages, sums
+    left = np.delete(np.arange(len(pages)), np.concatenate(vanished))
+    return pages[left], sums[left]
+
+
+def _pieces(pages: Pages) -> list[tuple[int, int]]:
+    """Give ascending pages as what is to be read: (address, length) of neighbours."""
+    first, last = int(pages[0]), int(pages[-1])
+    if last - first + 1 == len(pages):
+        return [(first << PAGE_SHIFT, len(pages) << PAGE_SHIFT)]
+    return [
+        (int(pages[at]) << PAGE_SHIFT, (end - at) << PAGE_SHIFT) for at, end in stretches(pages)
+    ]

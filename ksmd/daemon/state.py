@@ -17,6 +17,7 @@ from ksmd.core.eligibility import RefusedRanges
 from ksmd.core.ledger import StopTimes
 from ksmd.core.price import WindowPrice, all_prices
 from ksmd.core.selection import Selected
+from ksmd.core.sets import distinct
 from ksmd.core.sieve import Sieve
 from ksmd.core.strangers import Strangers
 from ksmd.core.tables import PageTables
@@ -71,7 +72,7 @@ class Merged:
     def __init__(self, vmas: Vmas, extents: Mapping[int, Extent]) -> None:
         """Take those VMAs that show any of *extents*, by inode."""
         self.vmas = vmas.only(vmas.where(lambda kind: is_ours(kind, extents)))
-        used = np.unique(self.vmas.kind).tolist()
+        used = distinct(self.vmas.kind).tolist()
         self._extents = {number: extents[self.vmas.kinds[number].inode] for number in used}
 
     def __len__(self) -> int:

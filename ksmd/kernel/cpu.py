@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import MutableMapping
-from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
 
@@ -38,8 +38,12 @@ def _split(line: str) -> tuple[str, str, str]:
 
 def _names() -> str:
     """Give numpy's names of what is not to be used; 2.4 has named them anew."""
-    try:
-        major, minor = map(int, version("numpy").split(".")[:2])
-    except (PackageNotFoundError, ValueError):
-        major, minor = 2, 4
-    return "X86_V4 AVX512_ICL" if (major, minor) >= (2, 4) else "AVX512_SKX AVX512_ICL"
+    spec = find_spec("numpy")
+    beside = Path(spec.origin).parents[1] if spec is not None and spec.origin else Path()
+    version = (2, 4)
+    # importlib.metadata would do, and take a megabyte for it: email, zipfile
+    for found in beside.glob("numpy-*.dist-info"):
+        with contextlib.suppress(ValueError):
+            major, minor = map(int, found.name.split("-")[1].split(".")[:2])
+            version = major, minor
+    return "X86_V4 AVX512_ICL" if version >= (2, 4) else "AVX512_SKX AVX512_ICL"

@@ -29,11 +29,11 @@ from ksmd.client import Client
 from ksmd.guard import door
 from ksmd.model.errors import KsmdError
 
-pytestmark = pytest.mark.root
-
 KILLS = int(os.environ.get("KSMD_SOAK_KILLS", "6"))
 SEED = int(os.environ.get("KSMD_SOAK_SEED", "1"))
 PAGES = 1536
+
+pytestmark = [pytest.mark.root, pytest.mark.timeout(300 + 10 * KILLS)]
 
 #: Who dies together. A pager of the daemon's own may not die with it: see ksmd.safety(7).
 OWN = [*["tracer"] * 4, *["pager"] * 4, *["tracer pager"] * 2, "daemon", "daemon tracer"]

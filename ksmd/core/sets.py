@@ -1,0 +1,31 @@
+"""Columns as sets of whole numbers.
+
+numpy has the same as np.unique and np.isin. Those hash what is sorted faster, and the first of them
+to be called loads numpy.ma: 30 ms, and a megabyte for good.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def distinct(numbers: NDArray[Any]) -> NDArray[Any]:
+    """Return whole numbers in order, each once."""
+    ordered = np.sort(numbers)
+    fresh = np.ones(ordered.size, np.bool_)
+    np.not_equal(ordered[1:], ordered[:-1], out=fresh[1:])
+    return ordered[fresh]
+
+
+def among(numbers: NDArray[Any], wanted: NDArray[Any]) -> NDArray[np.bool_]:
+    """Tell which of *numbers* are among *wanted*, both in any order and of one type."""
+    if not wanted.size:
+        return np.zeros(numbers.shape, np.bool_)
+    ordered = np.sort(wanted)
+    at = np.searchsorted(ordered, numbers)
+    np.minimum(at, ordered.size - 1, out=at)
+    found: NDArray[np.bool_] = ordered[at] == numbers
+    return found
