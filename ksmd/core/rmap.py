@@ -30,8 +30,8 @@ Index = NDArray[np.intp]
 _GROWTH_FRACTION = 8
 _GROWTH_FLOOR = 64
 
-#: A block rests for 2 ** quiet seconds at most: some eight minutes in the end.
-_MOST_QUIET = 9
+#: A block rests for 2 ** quiet seconds at most: some half an hour in the end.
+_MOST_QUIET = 11
 _HUGE_SHIFT = 9 - BLOCK_SHIFT
 _SPREAD = np.uint64(0x9E3779B97F4A7C15)  # 2**64 / golden ratio: neighbours get unlike bits
 
@@ -41,8 +41,9 @@ class Blocks:
 
     ``checksums`` uint32 (blocks, 64); ``stable`` uint64 (blocks): pages whose word is in the page
     hash table; ``seen`` uint64 (blocks): pages observed in the scan that is under way; ``quiet``
-    uint8 (blocks): how often in a row nothing had changed in the block; ``due`` uint32 (blocks):
-    the second from which on it is to be looked at again, 0 for at once.
+    uint8 (blocks): nothing has changed in the block for about 2 ** (quiet - 1) seconds, 0: not even
+    since it was looked at first; ``due`` uint32 (blocks): the second from which on it is to be
+    looked at again, 0 for at once.
     """
 
     def __init__(self, limit: int) -> None:
@@ -100,7 +101,7 @@ class Blocks:
         self.due[blocks] = 0
 
     def rest(self, blocks: U32, keys: U64, quiet: Bools, now: int) -> None:
-        """Let blocks in which nothing has changed rest, twice as long each time; wake the others.
+        """Let blocks in which nothing has changed rest for as long again; wake the others.
 
         *now* is in seconds. Blocks of one huge page rest equally long, other ones vary. A look at a
         block that rests still proves nothing new.
@@ -108,11 +109,27 @@ class Blocks:
         self.wake(blocks[~quiet])
         quiet = quiet & (self.due[blocks] <= now)
         blocks = blocks[quiet]
-        self.quiet[blocks] = np.minimum(self.quiet[blocks] + 1, _MOST_QUIET)
+        before = self.quiet[blocks]
+        # it was looked at last when it had three quarters of its rest before it, or more
+        rested = (np.int64(3) << before.astype(np.int64)) >> np.int64(2)
+        unchanged = np.where(before > 0, now - self.due[blocks].astype(np.int64) + rested, 0)
+        _, exponent = np.frexp(unchanged)
+        self.quiet[blocks] = np.minimum(np.maximum(before + 1, exponent - 1), _MOST_QUIET)
         spread = (keys[quiet] >> np.uint64(_HUGE_SHIFT)) * _SPREAD >> np.uint64(56)
         longest = np.uint32(1) << self.quiet[blocks].astype(np.uint32)
         shorter = (longest * spread.astype(np.uint32)) >> np.uint32(10)
         self.due[blocks] = np.uint32(now) + longest - shorter
+
+    def resting(self, blocks: U32, now: int, still_since: int) -> Bools:
+        """Tell which blocks rest at *now*; nobody has changed any since the second *still_since*.
+
+        Who was looked at after that, and had changed before, need not be looked at again.
+        """
+        due = self.due[blocks].astype(np.int64)
+        quiet = self.quiet[blocks].astype(np.int64)
+        looked = due - (np.int64(1) << quiet)  # or later
+        rests: Bools = (due > now) | ((quiet > 0) & (looked >= still_since))
+        return rests
 
     def trim(self) -> None:
         """Give the memory behind the last block in use back."""

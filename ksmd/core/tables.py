@@ -129,18 +129,26 @@ class PageTables:
         return self._place(table, cut, np.maximum(checksums, np.uint32(1)), eager, now)
 
     def awake(
-        self, slot: int, first_page: int, end_page: int, seqnr: int, now: int
+        self,
+        slot: int,
+        first_page: int,
+        end_page: int,
+        seqnr: int,
+        now: int,
+        still_since: int | None = None,
     ) -> tuple[list[tuple[int, int]], int]:
         """Give what of [first_page, end_page) scan ``seqnr`` has to look at, as page ranges.
 
-        The rest is left as it is: nothing had changed there when it was looked at before, twice,
-        four times and so on as long ago. Returns how many stable pages that spares, too.
+        The rest is left as it is: nothing had changed there when it was looked at before, for as
+        long as that is ago; or the target has not run since then, but stood still all the time from
+        the second ``still_since``. Returns how many stable pages that spares, too.
         """
         table = self._enter(slot, seqnr)
         keys = np.array([-(-first_page // BLOCK_PAGES), end_page // BLOCK_PAGES], np.uint64)
         low, high = np.searchsorted(table.keys, keys)
         blocks = table.blocks[low:high]
-        resting = np.flatnonzero(self._blocks.due[blocks] > now)
+        still = now + 1 if still_since is None else still_since
+        resting = np.flatnonzero(self._blocks.resting(blocks, now, still))
         found = table.keys[low:high][resting]
         cuts = np.flatnonzero(np.diff(found) != 1) + 1
         first, end = np.append(0, cuts), np.append(cuts, found.size)

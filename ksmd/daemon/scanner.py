@@ -18,7 +18,8 @@ from ksmd.core.cursor import Piece
 from ksmd.core.spans import Spans
 from ksmd.daemon.state import Domain, Target
 from ksmd.daemon.targets import Targets
-from ksmd.model.errors import TargetGoneError
+from ksmd.kernel import procfs
+from ksmd.model.errors import KsmdError, TargetGoneError
 from ksmd.model.refusal import Reason
 from ksmd.model.tables import Seen
 from ksmd.model.units import PAGE_SHIFT
@@ -66,8 +67,10 @@ class Scanner:
 
     def full_scan(
         self, pages_to_scan: int, result: ScanResult, *, eager: bool = False
-    ) -> Iterator[None]:
-        """Scan everything once, adding to *result*; yields after every *pages_to_scan* pages.
+    ) -> Iterator[int]:
+        """Scan everything once, adding to *result*; stops after every *pages_to_scan* pages.
+
+        Yields how many it has scanned since it stopped last.
 
         *eager*: nothing rests, and what is seen for the first time is a candidate at once. The
         merge that follows is the second sight: it takes a page only if it equals a store page of
@@ -81,6 +84,7 @@ class Scanner:
             if domain.sieve.begin():
                 domain.tables.clear()
         for slot, areas in [(target.slot, target.ground.spans) for target in self._targets]:
+            spent = self._see_whether_it_ran(slot)
             for at, end in self._ranges(slot, areas, seqnr, result, eager):
                 while at < end and (target := self._targets.by_slot.get(slot)) is not None:
                     before = result.scanned
@@ -89,11 +93,13 @@ class Scanner:
                     )
                     budget -= result.scanned - before
                     if budget <= 0:
-                        yield
+                        yield pages_to_scan - budget
                         budget = pages_to_scan
+            if (target := self._targets.by_slot.get(slot)) is not None:
+                target.spent = spent  # of which all was looked at
         for target in self._targets:
             self._targets.tables(target).finish(target.slot, seqnr)
-        yield
+        yield pages_to_scan - budget
 
     def _ranges(
         self, slot: int, areas: Spans, seqnr: int, result: ScanResult, eager: bool
@@ -105,9 +111,23 @@ class Scanner:
                 yield at, end
                 continue
             tables = self._targets.tables(target)
-            ranges, resting = tables.awake(slot, at, end, seqnr, self.now())
+            ranges, resting = tables.awake(slot, at, end, seqnr, self.now(), target.still_since)
             result.resting += resting
             yield from ranges
+
+    def _see_whether_it_ran(self, slot: int) -> tuple[int, ...]:
+        """Note whether a target has run since it was scanned; give what it has spent so far.
+
+        Memory of one that has not is what it was: processes that are idle cost next to nothing.
+        """
+        target = self._targets.by_slot.get(slot)
+        try:
+            spent = procfs.spent(target.pid) if target is not None else ()
+        except KsmdError:
+            return ()
+        if target is not None and (not spent or spent != target.spent):
+            target.still_since = self.now() + 1  # in this second it may have run after a look
+        return spent
 
     def now(self) -> int:
         """Give seconds since the scanner was made."""

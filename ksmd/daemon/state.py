@@ -144,6 +144,8 @@ class Target:
     flags_read: float = -math.inf  # monotonic seconds
     maps_read: float = -math.inf  # likewise; what was mapped then, in pages
     mapped: tuple[int, int, int] = (0, 0, 0)
+    spent: tuple[int, ...] = ()  # processor time of its threads, when it was scanned last
+    still_since: int | None = None  # scanner's seconds: from then on it was the same
     huge: bool = False  # it had huge pages, when that was looked at last
     handles_faults: bool = False  # by a userfaultfd of its own, when its maps were read last
     mappings: Merged = field(default_factory=lambda: Merged(Vmas.of(()), {}))

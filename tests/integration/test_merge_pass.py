@@ -112,6 +112,35 @@ def test_pages_that_only_share_a_checksum_are_told_apart_once_and_left_alone_for
         assert len(pipeline.merger.plan(domain, asked=False).merges), "tried again in time"
 
 
+def test_a_target_that_has_not_run_is_not_read_again_until_it_runs(pipeline: Pipeline) -> None:
+    many = 1024
+    script = f"at = anon({many} * PAGE); fill(at, {many}); reply(at)\n"
+
+    def after(seconds: float) -> ScanResult:
+        pipeline.scanner._began -= seconds
+        result = ScanResult()
+        list(pipeline.scanner.full_scan(1 << 20, result))
+        return result
+
+    with Victim(script) as one:
+        chosen = {"name": "v", "match": {"pid": one.pid}, "domain": "d",
+                  "regions": [{"start": one.ready, "npages": many}]}  # fmt: skip
+        pipeline.targets.settings = Settings.model_validate({"version": 1, "targets": [chosen]})
+        pipeline.targets.refresh()
+        assert after(0).new == many
+        assert after(10).scanned == many, "nothing is known of it yet"
+        for _ in range(3):
+            found = after(4000)
+            assert (found.scanned, found.resting) == (0, many)
+        one.ask(f"fill({one.ready} + 300 * PAGE, 1, 999)")
+        found = after(10)
+        assert (found.scanned, found.volatile) == (many, 1)
+        found = after(10)
+        assert 64 <= found.scanned < many, "what had changed is looked at once more"
+        after(4000)  # whether it had run before or after the look of that second, nobody knows
+        assert after(4000).resting == many
+
+
 def test_maps_that_cannot_have_changed_much_are_not_read_to_scan_by(
     pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:

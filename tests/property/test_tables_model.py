@@ -119,10 +119,17 @@ class TablesAgainstDict(RuleBasedStateMachine):
     def time_goes_by(self, seconds: int) -> None:
         self.now += seconds
 
-    @rule(slot=SLOTS, span=st.lists(st.integers(50, 140), min_size=2, max_size=2, unique=True))
-    def only_whole_calm_blocks_rest_and_none_is_forgotten(self, slot: int, span: list[int]) -> None:
+    @rule(
+        slot=SLOTS,
+        span=st.lists(st.integers(50, 140), min_size=2, max_size=2, unique=True),
+        still_for=st.none() | st.integers(-1, 3000),
+    )
+    def only_whole_calm_blocks_rest_and_none_is_forgotten(
+        self, slot: int, span: list[int], still_for: int | None
+    ) -> None:
         first, end = sorted(span)
-        ranges, spared = self.tables.awake(slot, first, end, self.seqnr[slot], self.now)
+        still = None if still_for is None else self.now - still_for
+        ranges, spared = self.tables.awake(slot, first, end, self.seqnr[slot], self.now, still)
         awake = [page for low, high in ranges for page in range(low, high)]
         assert awake == sorted(set(awake))
         resting = set(range(first, end)) - set(awake)
@@ -130,7 +137,8 @@ class TablesAgainstDict(RuleBasedStateMachine):
         for block in {page >> 6 for page in resting}:
             assert resting >= set(range(block << 6, (block + 1) << 6))
             since, looked = self.calm[slot, block]
-            assert self.now < looked + 2 + 1.4 * (looked - since), "no longer than it was calm"
+            if still is None or looked < still:
+                assert self.now < looked + 2 + 1.4 * (looked - since), "no longer than it was calm"
         kept = [k for k in self.model if k[0] == slot and k[1] in resting]
         assert spared == sum(self.model[key][1] for key in kept)
         for key in kept:

@@ -29,7 +29,7 @@ from ksmd.client import Client
 from ksmd.guard import door
 from ksmd.model.errors import KsmdError
 
-KILLS = int(os.environ.get("KSMD_SOAK_KILLS", "6"))
+KILLS = int(os.environ.get("KSMD_SOAK_KILLS", "50"))
 SEED = int(os.environ.get("KSMD_SOAK_SEED", "1"))
 PAGES = 1536
 
