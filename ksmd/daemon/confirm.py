@@ -115,10 +115,12 @@ def _digests(
 ) -> NDArray[np.uint8]:
     """Give the digests of runs of a target, 20 bytes each, from the heads of their pages."""
     run, page = sampled(counts)
-    addresses = starts[run] + (page.astype(np.uint64) << np.uint64(PAGE_SHIFT))
+    pieces = np.empty((len(run), 2), np.uint64)
+    pieces[:, 0] = starts[run] + (page.astype(np.uint64) << np.uint64(PAGE_SHIFT))
+    pieces[:, 1] = HEAD_SIZE
     heads = memoryview(bytearray(len(run) * HEAD_SIZE))
     # what is missing stays zero, and differs
-    target.memory.gather_exclusive([(at, HEAD_SIZE) for at in addresses.tolist()], heads)
+    target.memory.gather_exclusive(pieces.reshape(-1).data, heads)
     found = domain.digest.of_all_heads(heads, counts)
     return np.frombuffer(b"".join(found), np.uint8).reshape(-1, DIGEST_SIZE)
 

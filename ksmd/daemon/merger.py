@@ -324,12 +324,12 @@ class Merger:
             return
         try:
             pages = np.concatenate([np.arange(p, p + n, dtype=np.uint64) for p, n in pieces])
-            spans = [(page << PAGE_SHIFT, npages << PAGE_SHIFT) for page, npages in pieces]
+            spans = np.array(pieces, np.uint64) << np.uint64(PAGE_SHIFT)
             if target.pagemap.exclusive_of(pages).all():
-                target.memory.gather_exclusive(spans, view)
+                target.memory.gather_exclusive(spans.reshape(-1).data, view)
                 return
             at = 0
-            for address, length in spans:  # fork may have shared some since
+            for address, length in spans.tolist():  # fork may have shared some since
                 target.memory.read_into(address, view[at : at + length])
                 at += length
         except TargetGoneError:  # nobody is dropped in the middle of somebody's window

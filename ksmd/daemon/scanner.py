@@ -182,14 +182,6 @@ class Scanner:
         return walk_end
 
 
-def stretches(pages: Pages) -> Iterator[tuple[int, int]]:
-    """Cut ascending page numbers into (first index, end index) of neighbouring pages."""
-    if not len(pages):
-        return
-    cuts = (np.flatnonzero(np.diff(pages) != 1) + 1).tolist()
-    yield from zip([0, *cuts], [*cuts, len(pages)], strict=True)
-
-
 def _read(domain: Domain, target: Target, pages: Pages) -> tuple[Pages, NDArray[np.uint32]]:
     """Read and checksum exclusive pages, buffer by buffer; pages that vanished are left out."""
     checksummer = domain.checksummer
@@ -206,11 +198,11 @@ def _read(domain: Domain, target: Target, pages: Pages) -> tuple[Pages, NDArray[
     return pages[left], sums[left]
 
 
-def _pieces(pages: Pages) -> list[tuple[int, int]]:
-    """Give ascending pages as what is to be read: (address, length) of neighbours."""
-    first, last = int(pages[0]), int(pages[-1])
-    if last - first + 1 == len(pages):
-        return [(first << PAGE_SHIFT, len(pages) << PAGE_SHIFT)]
-    return [
-        (int(pages[at]) << PAGE_SHIFT, (end - at) << PAGE_SHIFT) for at, end in stretches(pages)
-    ]
+def _pieces(pages: Pages) -> memoryview:
+    """Give ascending pages as what is to be read: address and length of neighbours, in turns."""
+    edges = np.flatnonzero(np.diff(pages) != 1) + 1
+    pieces = np.empty((edges.size + 1, 2), np.uint64)
+    pieces[0, 0], pieces[1:, 0] = pages[0], pages[edges]
+    pieces[:, 1] = np.diff(edges, prepend=0, append=pages.size)
+    pieces <<= np.uint64(PAGE_SHIFT)
+    return pieces.reshape(-1).data

@@ -146,23 +146,26 @@ class Memory:
             return 0
 
     def gather_exclusive(
-        self, pieces: Sequence[tuple[int, int]], view: memoryview
+        self, pieces: memoryview | Sequence[tuple[int, int]], view: memoryview
     ) -> list[tuple[int, int]]:
         """Read many pieces (address, length) into *view*, one after the other, in few calls.
 
+        Where they are many, they come as a writable memoryview of 64-bit numbers, two for each.
         Every page exclusive, as for :meth:`read_exclusive_into`. Gives the ranges [start, end) of
         *view* that could not be read, and are as they were.
         """
         missing: list[tuple[int, int]] = []
-        if not pieces:
+        if not isinstance(pieces, memoryview):
+            pieces = memoryview(array("Q", chain.from_iterable(pieces)))
+        count = len(pieces) // 2
+        if not count:
             return missing
-        remote = array("Q", chain.from_iterable(pieces))
-        ends = [0, *accumulate(remote[1::2])]
-        vectors, _ = remote.buffer_info()
+        ends = [0, *accumulate(pieces[1::2])]
+        vectors = ctypes.addressof(ctypes.c_char.from_buffer(pieces))
         target = (ctypes.c_char * ends[-1]).from_buffer(view)
         start, at = ctypes.addressof(target), 0
-        while at < len(pieces):
-            until = min(at + _IOV_MAX, len(pieces))
+        while at < count:
+            until = min(at + _IOV_MAX, count)
             local = (ctypes.c_uint64 * 2)(start + ends[at], ends[until] - ends[at])
             got = ends[at] + self._process_vm_readv(local, vectors + at * 16, until - at)
             if got == ends[until]:
@@ -170,13 +173,13 @@ class Memory:
                 continue
             # a page of this piece is gone, or this way is closed
             at = bisect_right(ends, got) - 1
-            address = pieces[at][0] + got - ends[at]
+            address = pieces[2 * at] + got - ends[at]
             got += self.read_into(address, view[got : ends[at + 1]])
             if got < ends[at + 1]:
                 missing.append((got, ends[at + 1]))
             at += 1
         # process_vm_readv goes by pid: the open file proves that it was still our process's
-        self.read_into(pieces[0][0], memoryview(bytearray(1)))
+        self.read_into(pieces[0], memoryview(bytearray(1)))
         return missing
 
     def write(self, address: int, data: bytes) -> None:
