@@ -120,16 +120,16 @@ class Blocks:
         shorter = (longest * spread.astype(np.uint32)) >> np.uint32(10)
         self.due[blocks] = np.uint32(now) + longest - shorter
 
-    def resting(self, blocks: U32, now: int, still_since: int) -> Bools:
-        """Tell which blocks rest at *now*; nobody has changed any since the second *still_since*.
+    def untouched(self, blocks: U32, now: int, still_since: int) -> Bools:
+        """Tell which of the blocks that are to be looked at need not be.
 
-        Who was looked at after that, and had changed before, need not be looked at again.
+        They have been found unchanged since the second *still_since*, and nobody has run since.
         """
         due = self.due[blocks].astype(np.int64)
         quiet = self.quiet[blocks].astype(np.int64)
         looked = due - (np.int64(1) << quiet)  # or later
-        rests: Bools = (due > now) | ((quiet > 0) & (looked >= still_since))
-        return rests
+        found: Bools = (due <= now) & (quiet > 0) & (looked >= still_since)
+        return found
 
     def trim(self) -> None:
         """Give the memory behind the last block in use back."""

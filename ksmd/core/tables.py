@@ -140,15 +140,18 @@ class PageTables:
         """Give what of [first_page, end_page) scan ``seqnr`` has to look at, as page ranges.
 
         The rest is left as it is: nothing had changed there when it was looked at before, for as
-        long as that is ago; or the target has not run since then, but stood still all the time from
-        the second ``still_since``. Returns how many stable pages that spares, too.
+        long as that is ago. Where the target has stood still all the time from the second
+        ``still_since``, that is as good as a look now. Returns how many stable pages are spared.
         """
         table = self._enter(slot, seqnr)
         keys = np.array([-(-first_page // BLOCK_PAGES), end_page // BLOCK_PAGES], np.uint64)
         low, high = np.searchsorted(table.keys, keys)
         blocks = table.blocks[low:high]
-        still = now + 1 if still_since is None else still_since
-        resting = np.flatnonzero(self._blocks.resting(blocks, now, still))
+        if still_since is not None:
+            untouched = self._blocks.untouched(blocks, now, still_since)
+            found = table.keys[low:high][untouched]
+            self._blocks.rest(blocks[untouched], found, np.ones(found.size, np.bool_), now)
+        resting = np.flatnonzero(self._blocks.due[blocks] > now)
         found = table.keys[low:high][resting]
         cuts = np.flatnonzero(np.diff(found) != 1) + 1
         first, end = np.append(0, cuts), np.append(cuts, found.size)

@@ -137,8 +137,10 @@ class TablesAgainstDict(RuleBasedStateMachine):
         for block in {page >> 6 for page in resting}:
             assert resting >= set(range(block << 6, (block + 1) << 6))
             since, looked = self.calm[slot, block]
-            if still is None or looked < still:
-                assert self.now < looked + 2 + 1.4 * (looked - since), "no longer than it was calm"
+            if self.now >= looked + 2 + 1.4 * (looked - since):
+                assert still is not None, "it rests for longer than it was calm"
+                assert looked >= still
+                self.calm[slot, block] = since, self.now  # it has not run: as good as a look
         kept = [k for k in self.model if k[0] == slot and k[1] in resting]
         assert spared == sum(self.model[key][1] for key in kept)
         for key in kept:
