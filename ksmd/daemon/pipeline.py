@@ -93,10 +93,11 @@ class Pipeline:
             yield 0.0
         scan = ScanResult()
         batch, page_pause = self._batch(asked)
+        least = 0.0 if asked else self._settings.scan.sleep_millisecs / 1000
         began, slept = time.monotonic(), 0.0
         for npages in self.scanner.full_scan(batch, scan, eager=asked):
             before = time.monotonic()
-            yield npages * page_pause
+            yield max(least, npages * page_pause)
             slept += time.monotonic() - before
         if not asked:
             self._advisor.learn(scan.scanned, time.monotonic() - began - slept)
