@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import os
 import secrets
+import select
 import signal
 import socket
 import subprocess
@@ -29,16 +30,19 @@ class ServiceManager:
         self._process: subprocess.Popen[bytes] | None = None
         self._end = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._end.bind(str(directory / "notify"))
-        self._end.settimeout(0.05)
+        self._end.setblocking(False)
+        self._lock = threading.Lock()  # of the socket, and of what is kept
         self._closing = False
         self._thread = threading.Thread(target=self._listen)
         self._thread.start()
 
     def start(self) -> int:
         """Start a pager, with what was kept for the one before, and wait until it serves."""
-        before = self.ready
-        # away from the numbers at which they are handed over
-        given = {name: fcntl.fcntl(fd, fcntl.F_DUPFD, 100) for name, fd in self.kept.items()}
+        with self._lock:
+            self._hear()  # what the one before has said, as systemd does before it sees its end
+            # away from the numbers at which they are handed over
+            given = {name: fcntl.fcntl(fd, fcntl.F_DUPFD, 100) for name, fd in self.kept.items()}
+            before = self.ready
         moves = "".join(f"exec {3 + at}<&{fd}; " for at, fd in enumerate(given.values()))
         command = door.command(door.STANDING, self.name)
         script = f'{moves} export LISTEN_PID=$$; exec "$@"'
@@ -79,7 +83,13 @@ class ServiceManager:
 
     def _listen(self) -> None:
         while not self._closing:
-            with contextlib.suppress(TimeoutError):
+            if select.select([self._end], [], [], 0.05)[0]:
+                with self._lock:
+                    self._hear()
+
+    def _hear(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            while True:
                 text, fds, _, _ = socket.recv_fds(self._end, 4096, 4)
                 told = dict(line.split("=", 1) for line in text.decode().split("\n"))
                 if "FDSTORE" in told:
