@@ -27,7 +27,7 @@ from ksmd.guard.holdings import Holdings
 from ksmd.guard.intervals import Intervals
 from ksmd.guard.line import DEADLINE, Line, PagerGoneError, PagerRefusedError
 from ksmd.guard.stored import Stored
-from ksmd.kernel import channel, libc
+from ksmd.kernel import channel, libc, priority
 
 #: Ranges per message: the pager answers faults between messages only.
 CHUNK = 256
@@ -98,6 +98,8 @@ class Pager:
                 stdout=subprocess.DEVNULL,
                 start_new_session=True,
             )
+        with contextlib.suppress(OSError):  # it tells whom it may concern
+            priority.go_before_others(self._process.pid)
         self._line.attach(mine, self._process.pid)
         hello = self._line.receive(self._line.patience())
         self._line.see(hello["shadow"])

@@ -17,7 +17,7 @@ import sys
 
 from ksmd.guard.client import Pager
 from ksmd.guard.line import PagerGoneError, PagerRefusedError
-from ksmd.kernel import channel
+from ksmd.kernel import channel, priority
 from ksmd.kernel.patience import Patience
 from ksmd.model.features import Feature
 
@@ -43,6 +43,8 @@ def run(deadline: float = DEADLINE) -> Feature:
             start_new_session=True,
         )
         its.close()
+        with contextlib.suppress(OSError):
+            priority.go_before_others(rehearsal.pid)
         pager.start()
         present, detail = _watch(mine, pager, Patience(deadline, rehearsal.pid, pager.pid))
     except (OSError, PagerGoneError) as error:

@@ -10,53 +10,78 @@ from __future__ import annotations
 
 import socket
 import time
+from dataclasses import dataclass
 from typing import Any
 
 from ksmd.kernel import channel, procfs
 from ksmd.model.errors import KsmdError
 
-#: How often a process is looked at that has not had a turn yet, in seconds.
+#: How often a process is looked at, in seconds: what it waits for is known when it has run again.
 _AGAIN = 1.0
 #: After this part of its time it is looked at first: whoever answers sooner costs us nothing.
 _FIRST = 0.1
 
 
+@dataclass(slots=True)
+class _Line:
+    """What was seen of one process, in seconds; ``since``: from then on it was ready, but ran not.
+
+    ``first``: what it had waited when it was seen first.
+    """
+
+    first: float
+    waited: float = 0.0
+    ran: float = -1.0
+    since: float = 0.0
+
+    def look(self, waited: float, ran: float, ready: bool, now: float) -> float:
+        """Take in what it has waited and run so far; give the seconds that it stands in line now.
+
+        They are not in what it has waited before it runs again.
+        """
+        if ran != self.ran or not ready:
+            self.since = now
+        self.ran = ran
+        self.waited = max(self.waited, waited - self.first)
+        return now - self.since
+
+
 class Patience:
-    """*seconds* for something that the processes *pids* do, one for another; 0 stands for none."""
+    """*seconds* for something that the processes *pids* do, one for another; 0 stands for none.
+
+    So do the children that they have.
+    """
 
     def __init__(self, seconds: float, *pids: int) -> None:
         self.seconds = seconds
-        self._pids = pids
+        self._pids = [pid for pid in pids if pid]
         self._began = time.monotonic()
-        self._seen: dict[int, tuple[float, int]] = {}
+        self._lines: dict[int, _Line] = {}
 
     def left(self) -> float:
         """Give the seconds that are left, 0 when they have had their time."""
-        waited, no_turn = 0.0, False
-        for pid in filter(None, self._pids):
-            now, turns = _line(pid)
-            before, had = self._seen.setdefault(pid, (now, -1))
-            waited += max(0.0, now - before)
-            if had < 0:
-                self._seen[pid] = now, turns
-            else:  # what it waits for now is added when it comes to run
-                no_turn |= had == turns and _is_ready(pid)
-        left = self._began + self.seconds + waited - time.monotonic()
-        return max(left, _AGAIN if no_turn else 0.0)
+        now, in_line = time.monotonic(), 0.0
+        children = [child for pid in self._pids for child in _children(pid)]
+        for pid in [*self._pids, *children]:
+            ran, waited = _spent(pid)
+            line = self._lines.setdefault(pid, _Line(waited))
+            in_line += line.look(waited, ran, _is_ready(pid), now)
+        spared = in_line + sum(line.waited for line in self._lines.values())
+        return max(0.0, self._began + self.seconds + spared - now)
 
     @property
-    def _first(self) -> float:
-        return self.left() if self._seen else self.seconds * _FIRST
+    def _next(self) -> float:
+        """Give the seconds until they are looked at (again)."""
+        return min(self.left(), _AGAIN) if self._lines else self.seconds * _FIRST
 
     def receive(self, end: socket.socket) -> tuple[dict[str, Any], bytes, list[int]]:
         """Receive one message of theirs; TimeoutError, PeerGoneError."""
-        left = self._first
         while True:
-            end.settimeout(max(0.001, left))
+            end.settimeout(max(0.001, self._next))
             try:
                 return channel.receive(end)
             except TimeoutError:
-                if not (left := self.left()):
+                if not self.left():
                     raise
 
     def send(
@@ -67,24 +92,23 @@ class Patience:
         fds: tuple[int, ...] = (),
     ) -> None:
         """Send one message to them; TimeoutError while they take none, PeerGoneError."""
-        left = self._first
         while True:
-            end.settimeout(max(0.001, left))
+            end.settimeout(max(0.001, self._next))
             try:
                 channel.send(end, header, payload, fds)
                 return
             except TimeoutError:
-                if not (left := self.left()):
+                if not self.left():
                     raise
 
 
-def _line(pid: int) -> tuple[float, int]:
-    """Give the seconds that a process has stood in line, and how often it came to run."""
+def _spent(pid: int) -> tuple[float, float]:
+    """Give the seconds that a process has run, and that it has stood in line."""
     try:
-        _, waited, turns = procfs.read_process(pid, "schedstat").split()
-        return int(waited) / 1e9, int(turns)
+        ran, waited, _ = procfs.read_process(pid, "schedstat").split()
+        return int(ran) / 1e9, int(waited) / 1e9
     except (KsmdError, ValueError):
-        return 0.0, 0
+        return 0.0, 0.0
 
 
 def _is_ready(pid: int) -> bool:
@@ -92,3 +116,10 @@ def _is_ready(pid: int) -> bool:
         return procfs.status_fields(pid)["State"].startswith("R")
     except (KsmdError, KeyError):
         return False
+
+
+def _children(pid: int) -> list[int]:
+    try:
+        return [int(word) for word in procfs.read_process(pid, f"task/{pid}/children").split()]
+    except KsmdError:  # it has ended, or the kernel does not tell
+        return []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import subprocess
@@ -13,7 +14,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from ksmd.kernel import channel, userfaultfd
+from ksmd.kernel import channel, priority, userfaultfd
 from ksmd.kernel.patience import Patience
 from ksmd.model.errors import KernelFeatureError
 from ksmd.model.process import TargetId
@@ -76,6 +77,8 @@ class Engine:
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
             )
+        with contextlib.suppress(OSError):  # as in the tracer
+            priority.go_before_others(self._process.pid)
         self._awaited = True
 
     def start(self) -> None:
