@@ -31,14 +31,6 @@ def cpu_of_all(pids: Iterable[int]) -> float:
     return sum(cpu_of(pid) for pid in pids)
 
 
-def children(pid: int) -> list[int]:
-    """Give the living children of a process's first thread."""
-    try:
-        return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    except OSError:
-        return []
-
-
 def ended_children(stat: str) -> float:
     """CPU seconds of the children that a process has waited for, from the text of its stat."""
     fields = stat.rpartition(")")[2].split()
@@ -51,7 +43,7 @@ def cpu_of_family(pid: int) -> float:
         ended = ended_children(Path(f"/proc/{pid}/stat").read_text())
     except OSError:
         return 0.0
-    return cpu_of(pid) + cpu_of_all(children(pid)) + ended
+    return cpu_of(pid) + cpu_of_all(procfs.children(pid)) + ended
 
 
 def kernel_thread(name: str) -> int | None:

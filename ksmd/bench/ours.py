@@ -20,12 +20,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ksmd.bench import census
-from ksmd.bench.clocks import children, cpu_of_family
+from ksmd.bench.clocks import cpu_of_family
 from ksmd.bench.contender import OURS, Stamp, pids_of
 from ksmd.bench.model import PAGE_SIZE, Costs, Point, Report
 from ksmd.bench.victims import Victim
 from ksmd.client import Client, DaemonUnavailableError
 from ksmd.core.layout import VMA_BYTES
+from ksmd.kernel import procfs
 from ksmd.model.errors import KsmdError
 from ksmd.settings.values import LEAST_TABLE_SIZE
 
@@ -149,7 +150,7 @@ class Ksmd:
         process, self._process = self._process, None
         if process is None:
             return
-        helpers = [os.pidfd_open(pid) for pid in children(process.pid)]
+        helpers = [os.pidfd_open(pid) for pid in procfs.children(process.pid)]
         process.send_signal(signal.SIGTERM)
         try:
             process.wait(_STOP_SECONDS)
@@ -260,7 +261,7 @@ class Ksmd:
     def report(self, entries: NDArray[np.uint64], /) -> Report:
         """Ask for the status, and /proc for the rest."""
         status = self._call("Status")
-        family = [self.pid, *children(self.pid)]
+        family = [self.pid, *procfs.children(self.pid)]
         spare = census.shared_memory_pages(self.pid) - census.file_frames(entries)
         costs = Costs(
             tables=_table_bytes(status),

@@ -6,7 +6,7 @@ from collections.abc import Collection
 
 import numpy as np
 
-from ksmd.core.sets import among, distinct
+from ksmd.core.sets import among
 from ksmd.core.tables import Members
 
 
@@ -26,6 +26,5 @@ def focus(members: Members, slots: Collection[int], max_pages: int) -> Members:
     if counts.max() <= max_pages:
         return members
     leader = members.slots == found[np.argmax(counts)]
-    wanted = distinct(members.checksums[leader][:max_pages])
-    kept = among(members.checksums, wanted)
+    kept = among(members.checksums, members.checksums[leader][:max_pages])
     return Members(members.slots[kept], members.pages[kept], members.checksums[kept])

@@ -119,7 +119,7 @@ def _claim(pid: int, name: str, patience: float) -> Pager | None:
     deadline = time.monotonic() + patience
     while (end := door.knock(pid)) is not None:
         try:
-            return Pager.adopt(end, name, pid)
+            return Pager.adopt(end, pid, name)
         except PagerRefusedError as error:
             if time.monotonic() > deadline:
                 raise KsmdError(

@@ -93,7 +93,7 @@ class Pipeline:
             yield 0.0
         scan = ScanResult()
         batch, page_pause = self._batch(asked)
-        least = 0.0 if asked else self._settings.scan.sleep_millisecs / 1000
+        least = self._sleep(asked)
         began, slept = time.monotonic(), 0.0
         for npages in self.scanner.full_scan(batch, scan, eager=asked):
             before = time.monotonic()
@@ -132,12 +132,15 @@ class Pipeline:
                 most=scan.advisor_max_pages_to_scan,
             )
         batch = step_pages(max(pages, _LEAST_PAGES), scan.cpu_percent)
-        return batch, scan.sleep_millisecs / 1000 / pages
+        return batch, self._sleep(asked) / pages
+
+    def _sleep(self, asked: bool) -> float:
+        """Give the seconds to sleep after a batch; nobody sleeps while somebody waits."""
+        return 0.0 if asked else self._settings.scan.sleep_millisecs / 1000
 
     def _merge(self, asked: bool, merge: MergeResult) -> Iterator[float]:
         limit = self._settings.scan.max_pages_to_merge
-        pause = 0.0 if asked else self._settings.scan.sleep_millisecs / 1000
-        done = 0
+        pause, done = self._sleep(asked), 0
         for step in self.merging.holding(self.merger.merge_pass(asked, merge)):
             if isinstance(step, float):
                 yield step

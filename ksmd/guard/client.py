@@ -112,20 +112,16 @@ class Pager:
         self._ask({"do": "secret", "key": self.key.hex(), "children": known})
 
     @classmethod
-    def adopt(cls, end: socket.socket, name: str = "", pid: int = 0) -> Pager:
+    def adopt(cls, end: socket.socket, pid: int, name: str = "") -> Pager:
         """Take over a running pager, *pid*, by a channel's end from ``door.knock``.
 
         All its contexts come to us; :meth:`ids` names the targets. PagerRefusedError while another
         daemon owns it. A pager of another version is replaced by one of ours.
         """
         pager = cls(name)
-        pager._line.end = end
         try:
-            if pid:
-                pager._line.attach(end, pid)
+            pager._line.attach(end, pid)
             answer = pager._ask({"do": "claim"})
-            if not pid:
-                pager._line.attach(end, int(answer["pid"]))
             pager._line.see(answer.get("shadow", 0))
             pager._await_all()
             pager._rings = {

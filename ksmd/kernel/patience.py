@@ -61,9 +61,9 @@ class Patience:
     def left(self) -> float:
         """Give the seconds that are left, 0 when they have had their time."""
         now, in_line = time.monotonic(), 0.0
-        children = [child for pid in self._pids for child in _children(pid)]
+        children = [child for pid in self._pids for child in procfs.children(pid)]
         for pid in [*self._pids, *children]:
-            ran, waited = _spent(pid)
+            ran, waited = (spent / 1e9 for spent in procfs.schedstat(pid))
             line = self._lines.setdefault(pid, _Line(waited))
             in_line += line.look(waited, ran, _is_ready(pid), now)
         spared = in_line + sum(line.waited for line in self._lines.values())
@@ -102,24 +102,8 @@ class Patience:
                     raise
 
 
-def _spent(pid: int) -> tuple[float, float]:
-    """Give the seconds that a process has run, and that it has stood in line."""
-    try:
-        ran, waited, _ = procfs.read_process(pid, "schedstat").split()
-        return int(ran) / 1e9, int(waited) / 1e9
-    except (KsmdError, ValueError):
-        return 0.0, 0.0
-
-
 def _is_ready(pid: int) -> bool:
     try:
-        return procfs.status_fields(pid)["State"].startswith("R")
-    except (KsmdError, KeyError):
+        return procfs.task_stat(pid, pid).state == "R"
+    except KsmdError:
         return False
-
-
-def _children(pid: int) -> list[int]:
-    try:
-        return [int(word) for word in procfs.read_process(pid, f"task/{pid}/children").split()]
-    except KsmdError:  # it has ended, or the kernel does not tell
-        return []

@@ -309,11 +309,27 @@ def spent(pid: int) -> tuple[int, int, int]:
     """
     fields = read_process(pid, "stat").rpartition(b")")[2].split()
     faults, user, system = int(fields[7]), int(fields[11]), int(fields[12])  # the 10th, 14th, 15th
+    return user + system, schedstat(pid)[0], faults
+
+
+def schedstat(pid: int) -> tuple[int, int]:
+    """Give the nanoseconds that the first thread of *pid* has run, and stood in line for that.
+
+    Zeros where it is gone, or the kernel keeps no such account.
+    """
     try:
-        first = int(read_process(pid, "schedstat").split()[0])
-    except (KsmdError, ValueError, IndexError):  # a kernel without
-        first = 0
-    return user + system, first, faults
+        ran, waited, _ = read_process(pid, "schedstat").split()
+    except (KsmdError, ValueError):
+        return 0, 0
+    return int(ran), int(waited)
+
+
+def children(pid: int) -> list[int]:
+    """Give the living children of the first thread of *pid*; none where that cannot be told."""
+    try:
+        return [int(word) for word in read_process(pid, f"task/{pid}/children").split()]
+    except KsmdError:
+        return []
 
 
 def stack_start(pid: int, tid: int) -> int:

@@ -77,7 +77,7 @@ class Engine:
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
             )
-        with contextlib.suppress(OSError):  # as in the tracer
+        with contextlib.suppress(OSError):  # without CAP_SYS_NICE stops take longer on a busy host
             priority.go_before_others(self._process.pid)
         self._awaited = True
 

@@ -25,7 +25,7 @@ import time
 from types import FrameType
 from typing import Any, Final, NoReturn
 
-from ksmd.kernel import channel, libc, priority, risks, userfaultfd
+from ksmd.kernel import channel, libc, risks, userfaultfd
 from ksmd.model.errors import KsmdError, TargetGoneError
 from ksmd.model.process import TargetId
 from ksmd.model.refusal import Reason
@@ -210,8 +210,6 @@ def main(arguments: list[str]) -> int:
     libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     with contextlib.suppress(KsmdError):  # without CAP_SYS_RESOURCE: stubs survive our death
         risks.set_oom_score_adj(os.getpid(), -900)
-    with contextlib.suppress(OSError):  # without CAP_SYS_NICE: stops take longer on a busy host
-        priority.go_before_others()
     tracer = Tracer(end)
     with contextlib.suppress(channel.PeerGoneError):  # the daemon died meanwhile
         channel.send(end, {"ready": os.getpid()})

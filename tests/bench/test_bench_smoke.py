@@ -17,11 +17,11 @@ from typing import Any
 import pytest
 
 from ksmd.bench import theirs
-from ksmd.bench.clocks import children, kernel_thread
+from ksmd.bench.clocks import kernel_thread
 from ksmd.bench.model import Point
 from ksmd.bench.options import parse
 from ksmd.bench.victims import Yard
-from ksmd.kernel import ksm
+from ksmd.kernel import ksm, procfs
 from ksmd.model.errors import KsmdError
 
 pytestmark = [pytest.mark.root, pytest.mark.slow]
@@ -156,7 +156,7 @@ def test_an_interrupt_leaves_no_process_and_no_setting(number: signal.Signals) -
         assert bench.stderr is not None
         while "round 2" not in bench.stderr.readline():
             assert bench.poll() is None
-        started = children(bench.pid)
+        started = procfs.children(bench.pid)
         bench.send_signal(number)
         bench.communicate(timeout=120)
     finally:

@@ -53,7 +53,7 @@ def until(condition: Callable[[], object]) -> None:
 def knock(pager: Pager) -> Pager:
     end = door.knock(pager.pid)
     assert end is not None
-    return Pager.adopt(end, pager.name)
+    return Pager.adopt(end, pager.pid, pager.name)
 
 
 def vmpin(pid: int) -> int:
@@ -225,7 +225,7 @@ def test_what_a_daemon_said_last_counts_although_it_died_before_it_was_heard(
     end = door.knock(pid)
     assert end is not None
     os.kill(pid, signal.SIGCONT)
-    heir = Pager.adopt(end, name)
+    heir = Pager.adopt(end, pid, name)
     try:
         assert heir.ids == [9]
         assert heir.about(9) == {"pid": 2}

@@ -514,7 +514,7 @@ def test_a_pager_is_handed_over_to_another_owner(start: Start, pager: Pager) -> 
     end = door.knock(pager.pid)
     assert end is not None
     assert not pager.close()
-    heir = Pager.adopt(end)
+    heir = Pager.adopt(end, pager.pid)
     try:
         assert heir.ids == [target.pid]
         assert heir.children(target.pid) == 10

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from ksmd.kernel import channel
+from ksmd.kernel import channel, procfs
 from ksmd.kernel import patience as patience_module
 from ksmd.kernel.patience import Patience
 
@@ -93,13 +93,13 @@ def test_who_stands_in_line_for_a_processor_is_waited_for(processor, crowd):
     print(f"{answer(SECONDS * 0.6, 0.0, processor):.1f} s, of which {SECONDS} are his")
 
 
-def test_who_gets_no_turn_at_all_is_waited_for(processor):
+def test_who_is_stopped_does_not_stand_in_line(processor):
     worker = Worker(0.0, 0.0, processor)
     try:
         time.sleep(0.5)
         os.kill(worker.pid, signal.SIGSTOP)
         worker.end.send(b"x")
-        with pytest.raises(TimeoutError):  # one that is stopped does not stand in line
+        with pytest.raises(TimeoutError):
             Patience(SECONDS, worker.pid).receive(worker.end)
         os.kill(worker.pid, signal.SIGCONT)
         Patience(SECONDS, worker.pid).receive(worker.end)
@@ -108,17 +108,17 @@ def test_who_gets_no_turn_at_all_is_waited_for(processor):
 
 
 def test_what_it_stands_in_line_for_now_counts_once_and_so_does_a_child_s(monkeypatch):
-    now, of = 100.0, {7: (1.0, 5.0), 8: (0.0, 0.0)}  # what each has run, and waited
+    now, of = 100.0, {7: (1e9, 5e9), 8: (0, 0)}  # what each has run, and waited
     ready = {7: True, 8: False}
     monkeypatch.setattr(patience_module.time, "monotonic", lambda: now)
-    monkeypatch.setattr(patience_module, "_spent", of.__getitem__)
+    monkeypatch.setattr(procfs, "schedstat", of.__getitem__)
     monkeypatch.setattr(patience_module, "_is_ready", ready.__getitem__)
-    monkeypatch.setattr(patience_module, "_children", lambda pid: [8] if pid == 7 else [])
+    monkeypatch.setattr(procfs, "children", lambda pid: [8] if pid == 7 else [])
     patience = Patience(10.0, 7)
     assert patience.left() == 10
     now = 106.0
     assert patience.left() == 10, "it was ready all the time and has not run"
-    of[7], now = (1.5, 10.5), 106.5
+    of[7], now = (1.5e9, 10.5e9), 106.5
     assert patience.left() == 9, "half a second it ran, half a second it slept"
     now, ready[7] = 110.5, False
     assert patience.left() == 5, "it sleeps"
@@ -126,7 +126,7 @@ def test_what_it_stands_in_line_for_now_counts_once_and_so_does_a_child_s(monkey
     assert patience.left() == 5, "ready since nobody knows when: since the look before"
     now = 116.5
     assert patience.left() == 5, "its child stands in line for it"
-    of[8], now = (2.0, 5.0), 118.5
+    of[8], now = (2e9, 5e9), 118.5
     assert patience.left() == 2
     now, ready[8] = 121.0, False
     assert patience.left() == 0

@@ -222,7 +222,7 @@ def test_without_another_one_in_time_the_daemon_starts_its_own(
     assert pager.stats()["contexts"] == 1
     # the manager's comes late: it must not read the events of contexts that another one serves
     manager.start()
-    late = Pager.adopt(door.knock(manager._process.pid), manager.name)
+    late = Pager.adopt(door.knock(manager._process.pid), manager._process.pid, manager.name)
     assert late.stats()["contexts"] == 0
     until(lambda: set(manager.kept) == {"notes-0", "notes-1"})
     late.close()
@@ -296,7 +296,7 @@ def test_the_guard_stands_although_a_daemon_came_first_with_a_pager_that_holds_n
     own = Pager(manager.name)
     own.start()
     pid = manager.start()
-    late = Pager.adopt(door.knock(pid), manager.name)
+    late = Pager.adopt(door.knock(pid), pid, manager.name)
     assert late.ids == [5]
     assert not userfaultfd.is_dead(contexts[0])
     die(late)
