@@ -32,7 +32,7 @@ from ksmd.cli.scan import described, scan
 from ksmd.cli.status import available_memory
 from ksmd.client import Client
 from ksmd.daemon import estimate
-from ksmd.kernel import pageentries, procfs
+from ksmd.kernel import pageentries, procfs, proctext
 from ksmd.kernel.pagemap import PageMap
 from ksmd.model.errors import KernelFeatureError, KsmdError, PrivilegeError
 from ksmd.model.units import PAGE_SIZE
@@ -225,7 +225,7 @@ class Demo:
         pss = sum(
             int(fields["Pss"].split()[0]) << 10
             for fields in (
-                procfs.parse_fields(procfs.read_process(worker.pid, "smaps_rollup"))
+                proctext.parse_fields(procfs.read_process(worker.pid, "smaps_rollup"))
                 for worker in self._workers
             )
         )

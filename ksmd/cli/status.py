@@ -16,7 +16,7 @@ from rich.text import Text
 from ksmd.cli import render
 from ksmd.cli.common import console, print_json
 from ksmd.client import Client
-from ksmd.kernel import procfs
+from ksmd.kernel import procfs, proctext
 from ksmd.model.errors import KsmdError
 from ksmd.model.units import PAGE_SIZE
 
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
 def available_memory() -> int | None:
     """Give the bytes of memory that could be had without swapping, None where it is not known."""
     try:
-        fields = procfs.parse_fields(procfs.read_file("/proc/meminfo", "memory of the host"))
+        fields = proctext.parse_fields(procfs.read_file("/proc/meminfo", "memory of the host"))
         return int(fields["MemAvailable"].split()[0]) << 10
     except (KsmdError, KeyError, ValueError, IndexError):
         return None

@@ -1,6 +1,6 @@
 """Mappings of a process as columns, from /proc/PID/maps and smaps.
 
-They say the same as :mod:`ksmd.kernel.procfs` does one by one, and fall back to it for any text
+They say the same as :mod:`ksmd.kernel.proctext` does one by one, and fall back to it for any text
 that is not as the kernel writes it: that one knows how to complain. Here a mapping takes a
 microsecond and some thirty bytes instead of several and five hundred. Errors: as there.
 """
@@ -15,7 +15,7 @@ from itertools import count
 import numpy as np
 from numpy.typing import NDArray
 
-from ksmd.kernel import procfs
+from ksmd.kernel import procfs, proctext
 from ksmd.model.vma import Kind
 from ksmd.model.vmas import U64, Index, Vmas
 
@@ -41,23 +41,23 @@ def smaps(pid: int, tid: int | None = None) -> Vmas:
 
 
 def disjoint(vmas: Vmas) -> Vmas:
-    """Do as :func:`ksmd.kernel.procfs.disjoint`."""
+    """Do as :func:`ksmd.kernel.proctext.disjoint`."""
     if not np.any(vmas.ends[:-1] > vmas.starts[1:]):
         return vmas
-    return Vmas.of(procfs.disjoint(list(vmas)))
+    return Vmas.of(proctext.disjoint(list(vmas)))
 
 
 def parse_maps(text: bytes) -> Vmas:
-    """Parse maps as :func:`ksmd.kernel.procfs.parse_maps` does, ValueError included."""
+    """Parse maps as :func:`ksmd.kernel.proctext.parse_maps` does, ValueError included."""
     found = _parsed(text, _kind)
-    return Vmas.of(procfs.parse_maps(text)) if found is None else found
+    return Vmas.of(proctext.parse_maps(text)) if found is None else found
 
 
 def parse_smaps(text: bytes) -> Vmas:
-    """Parse smaps as :func:`ksmd.kernel.procfs.parse_smaps` does, ValueError included."""
+    """Parse smaps as :func:`ksmd.kernel.proctext.parse_smaps` does, ValueError included."""
     lines = _with_flags(text)
     found = None if lines is None else _parsed(lines, _flagged_kind)
-    return Vmas.of(procfs.parse_smaps(text)) if found is None else found
+    return Vmas.of(proctext.parse_smaps(text)) if found is None else found
 
 
 def _with_flags(text: bytes) -> bytes | None:
@@ -86,7 +86,7 @@ def _with_flags(text: bytes) -> bytes | None:
 
 
 def _are_fields(text: bytes) -> bool:
-    return all(procfs.is_smaps_field(line) for line in text.split(b"\n") if text)
+    return all(proctext.is_smaps_field(line) for line in text.split(b"\n") if text)
 
 
 def _parsed(text: bytes, kind_of: Callable[[bytes], Kind]) -> Vmas | None:
@@ -149,11 +149,11 @@ def _hex(raw: NDArray[np.uint8], starts: Index, ends: Index) -> U64 | None:
 def _kind(words: bytes) -> Kind:
     """Read " rw-p 00:00 0   path": what a line says besides its places. ValueError."""
     perms, rest = words[: _PERMS + 1], words[_PERMS + 1 :]
-    (vma,) = procfs.parse_maps(b"0-1%b 0%b" % (perms, rest))
+    (vma,) = proctext.parse_maps(b"0-1%b 0%b" % (perms, rest))
     return vma.kind
 
 
 @functools.lru_cache(maxsize=4096)
 def _flagged_kind(words: bytes) -> Kind:
     line, _, flags = words.rpartition(b"\0")
-    return _kind(line)._replace(flags=procfs.flags(flags))
+    return _kind(line)._replace(flags=proctext.flags(flags))

@@ -18,7 +18,7 @@ import struct
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from ksmd.kernel import libc, procfs
+from ksmd.kernel import libc, procfs, proctext
 from ksmd.kernel.vmaquery import VmaQuery
 from ksmd.model.errors import KernelFeatureError, KsmdError, PrivilegeError, TargetGoneError
 from ksmd.model.vma import Vma
@@ -61,7 +61,7 @@ def _mapping_risks(vmas: Iterable[Vma]) -> list[str]:
 
 def _ring_risk(pid: int, fd: str) -> str | None:
     try:
-        fields = procfs.parse_fields(procfs.read_process(pid, f"fdinfo/{fd}"))
+        fields = proctext.parse_fields(procfs.read_process(pid, f"fdinfo/{fd}"))
     except KsmdError:
         return None
     # the kernel leaves the line out while the ring is busy: then it may have some
@@ -140,7 +140,7 @@ def _same_size(tid: int, other: int) -> bool:
     """Guess for a process we may not look into: memory of another size is another memory."""
     try:
         sizes = [
-            procfs.parse_stat(procfs.read_process(task, "stat")).vsize for task in (tid, other)
+            proctext.parse_stat(procfs.read_process(task, "stat")).vsize for task in (tid, other)
         ]
     except TargetGoneError:
         return False
@@ -211,7 +211,7 @@ def frozen(pid: int) -> bool:
         except OSError:
             continue
         if (
-            procfs.parse_fields(data.replace(b" ", b":")).get("frozen") == "1"
+            proctext.parse_fields(data.replace(b" ", b":")).get("frozen") == "1"
             if v2
             else (data.strip() in (b"FROZEN", b"FREEZING"))
         ):
@@ -248,7 +248,7 @@ def max_map_count() -> int:
 
 def mem_available() -> int:
     """Give MemAvailable of the host in bytes."""
-    fields = procfs.parse_fields(procfs.read_file("/proc/meminfo", "meminfo"))
+    fields = proctext.parse_fields(procfs.read_file("/proc/meminfo", "meminfo"))
     return int(fields["MemAvailable"].split()[0]) * 1024
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ksmd.kernel import procfs
+from ksmd.kernel import procfs, proctext
 from ksmd.model.errors import KsmdError
 
 #: comm of our own processes; see also the tracer and the pager.
@@ -33,7 +33,7 @@ def running() -> list[Running]:
     found = []
     for pid in procfs.pids():
         try:
-            stat = procfs.parse_stat(procfs.read_process(pid, "stat"))
+            stat = proctext.parse_stat(procfs.read_process(pid, "stat"))
             if stat.comm not in (MAIN_COMM, PAGER_COMM, *STEERING):
                 continue
             if stat.flags & procfs.PF_KTHREAD or stat.state in procfs.DEAD_STATES:

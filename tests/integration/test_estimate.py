@@ -20,7 +20,7 @@ from ksmd.cli import ksmctl as ksmctl_command
 from ksmd.cli.common import WIDTH, console
 from ksmd.cli.demo_workers import Sizes, Worker
 from ksmd.daemon import estimate
-from ksmd.kernel import pageentries, procfs
+from ksmd.kernel import pageentries, procfs, proctext
 from ksmd.kernel.pagemap import PageMap
 from ksmd.model.errors import TargetGoneError
 from ksmd.model.units import PAGE_SIZE
@@ -218,7 +218,7 @@ def started(program: str):
 
 
 def pss(pid: int) -> int:
-    return int(procfs.parse_fields(procfs.read_process(pid, "smaps_rollup"))["Pss"].split()[0])
+    return int(proctext.parse_fields(procfs.read_process(pid, "smaps_rollup"))["Pss"].split()[0])
 
 
 def exclusive_and_frames(pid: int, start: int, npages: int):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from kernel_victims import Victim
 
-from ksmd.kernel import libc, procfs, risks
+from ksmd.kernel import libc, procfs, proctext, risks
 from ksmd.kernel import memory as readers
 from ksmd.kernel.pagemap import PageMap, exclusive, is_present
 from ksmd.model.errors import KsmdError, TargetGoneError
@@ -35,7 +35,7 @@ def _expected(npages: int = NPAGES) -> bytes:
 
 
 def _pss_kib(pid: int) -> int:
-    return int(procfs.parse_fields(procfs.read_process(pid, "smaps_rollup"))["Pss"].split()[0])
+    return int(proctext.parse_fields(procfs.read_process(pid, "smaps_rollup"))["Pss"].split()[0])
 
 
 @pytest.mark.parametrize("reader", ["read_into", "read_exclusive_into"])

@@ -16,7 +16,7 @@ import pytest
 from kernel_victims import Victim, open_fds
 from numpy.typing import NDArray
 
-from ksmd.kernel import iouring, libc, memfd, procfs
+from ksmd.kernel import iouring, libc, memfd, procfs, proctext
 from ksmd.kernel.iouring import PinRing
 from ksmd.kernel.memfd import ExtentMap
 from ksmd.kernel.pagemap import PageMap, pfn
@@ -54,7 +54,7 @@ def _status_kib(name: str) -> int:
 def _own_smaps(extent: ExtentMap) -> dict[str, str]:
     lines = procfs.read_process(os.getpid(), "smaps").split(b"\n")
     start = next(i for i, line in enumerate(lines) if b" %d " % extent.inode in line)
-    return procfs.parse_fields(b"\n".join(lines[start + 1 : start + 25]))
+    return proctext.parse_fields(b"\n".join(lines[start + 1 : start + 25]))
 
 
 # ---------------------------------------------------------------- who may write

@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ksmd.core.inherit import flagged_as_before
-from ksmd.kernel import maps, procfs
+from ksmd.kernel import maps, procfs, proctext
 from ksmd.model.vma import Vma
 from ksmd.model.vmas import Vmas
 
@@ -63,9 +63,9 @@ LINES = st.lists(
 @example(b"")
 @example(b"1000-2000 rw-p 0 00:00 0 \xff\xfe\0\n")
 def test_any_text_is_read_or_refused_as_line_by_line(text: bytes) -> None:
-    assert outcome(maps.parse_maps, text) == outcome(procfs.parse_maps, text)
+    assert outcome(maps.parse_maps, text) == outcome(proctext.parse_maps, text)
     flagged = outcome(maps.parse_smaps, text)
-    one_by_one = outcome(procfs.parse_smaps, text)
+    one_by_one = outcome(proctext.parse_smaps, text)
     assert flagged == one_by_one
 
 
@@ -73,13 +73,13 @@ def test_any_text_is_read_or_refused_as_line_by_line(text: bytes) -> None:
 @given(st.lists(st.sampled_from([LINE, LINE + FIELDS, FIELDS, b"x", b"9ize: 1 kB\n"])))
 def test_a_mapping_without_flags_never_has_the_next_ones(parts: list[bytes]) -> None:
     text = b"".join(parts)
-    assert outcome(maps.parse_smaps, text) == outcome(procfs.parse_smaps, text)
+    assert outcome(maps.parse_smaps, text) == outcome(proctext.parse_smaps, text)
 
 
 def test_our_own_mappings_are_read_likewise() -> None:
     for text, columns, single in (
-        (procfs.maps_text(os.getpid()), maps.parse_maps, procfs.parse_maps),
-        (procfs.smaps_text(os.getpid()), maps.parse_smaps, procfs.parse_smaps),
+        (procfs.maps_text(os.getpid()), maps.parse_maps, proctext.parse_maps),
+        (procfs.smaps_text(os.getpid()), maps.parse_smaps, proctext.parse_smaps),
     ):
         assert list(columns(text)) == single(text)
     assert len(maps.maps(os.getpid())) > 10
@@ -88,7 +88,9 @@ def test_our_own_mappings_are_read_likewise() -> None:
 
 def test_overlapping_mappings_are_cut_as_one_by_one() -> None:
     text = b"1000-3000 rw-p 0 00:00 0\n2000-5000 rw-p 0 00:00 0\n"
-    assert list(maps.disjoint(maps.parse_maps(text))) == procfs.disjoint(procfs.parse_maps(text))
+    assert list(maps.disjoint(maps.parse_maps(text))) == proctext.disjoint(
+        proctext.parse_maps(text)
+    )
 
 
 # ---------------------------------------------------------------- flags of before

@@ -9,15 +9,15 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from ksmd.kernel import procfs, risks
+from ksmd.kernel import proctext, risks
 from ksmd.model.vma import Vma
 
 PARSERS: list[Callable[[bytes], object]] = [
-    procfs.parse_stat,
-    procfs.parse_maps,
-    procfs.parse_smaps,
-    procfs.parse_fields,
-    procfs.parse_cgroup,
+    proctext.parse_stat,
+    proctext.parse_maps,
+    proctext.parse_smaps,
+    proctext.parse_fields,
+    proctext.parse_cgroup,
     risks.is_x86_64_header,
 ]
 
@@ -53,7 +53,7 @@ def test_no_input_raises_anything_but_value_error(
 @settings(deadline=None)
 @given(text=st.text(max_size=200))
 def test_any_text_is_taken_too(text: str) -> None:
-    for parser in (procfs.parse_maps, procfs.parse_smaps):
+    for parser in (proctext.parse_maps, proctext.parse_smaps):
         with contextlib.suppress(ValueError):
             parser(text)
 
@@ -89,8 +89,8 @@ def _line(vma: Vma) -> str:
 @given(st.lists(vmas, max_size=20))
 def test_every_mapping_that_a_kernel_can_print_is_read_back(mappings: list[Vma]) -> None:
     text = "".join(_line(vma) + "\n" for vma in mappings)
-    assert procfs.parse_maps(text) == mappings
-    assert procfs.parse_smaps(text) == mappings
+    assert proctext.parse_maps(text) == mappings
+    assert proctext.parse_smaps(text) == mappings
 
 
 @settings(deadline=None)
@@ -101,5 +101,5 @@ def test_every_mapping_that_a_kernel_can_print_is_read_back(mappings: list[Vma])
 def test_no_comm_can_forge_the_start_time(comm: str, start: int) -> None:
     fields = " ".join(["0"] * 18)
     line = f"7 ({comm}) S {fields} {start} 4096 0\n".encode()
-    stat = procfs.parse_stat(line)
+    stat = proctext.parse_stat(line)
     assert (stat.comm, stat.start_time, stat.state) == (comm, start, "S")

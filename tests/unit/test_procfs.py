@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import pytest
 
-from ksmd.kernel import procfs, risks
+from ksmd.kernel import procfs, proctext, risks
 from ksmd.model.errors import PrivilegeError, TargetGoneError
 from ksmd.model.process import TargetId
 from ksmd.model.vma import Vma
@@ -48,7 +48,7 @@ CGROUP_HYBRID = b"""12:freezer:/
 
 
 def test_comm_with_spaces_and_parentheses_does_not_shift_the_fields() -> None:
-    stat = procfs.parse_stat(STAT)
+    stat = proctext.parse_stat(STAT)
     assert stat.comm == "a) S (b c"
     assert (stat.state, stat.ppid, stat.num_threads) == ("R", 17, 9)
     assert (stat.flags, stat.start_time, stat.vsize) == (4194560, 159701, 1234567168)
@@ -57,11 +57,11 @@ def test_comm_with_spaces_and_parentheses_does_not_shift_the_fields() -> None:
 @pytest.mark.parametrize("text", [b"", b"12 (x", b"12 x) S", b"12 (x) S 1 2 3", b"(x) S" + STAT])
 def test_what_is_no_stat_line_is_refused(text: bytes) -> None:
     with pytest.raises(ValueError, match="stat"):
-        procfs.parse_stat(text)
+        proctext.parse_stat(text)
 
 
 def test_maps_are_read_to_the_last_column() -> None:
-    vmas = procfs.parse_maps(MAPS)
+    vmas = proctext.parse_maps(MAPS)
     assert vmas[0] == Vma(0x55BB6A600000, 0x55BB6A7CB000, "rw-p", 0, (0, 0), 0, "[heap]")
     assert vmas[1] == Vma(0x7F14027FF000, 0x7F1402800000, "---p", 0, (0, 0), 0, "")
     assert vmas[2] == Vma(
@@ -80,11 +80,11 @@ def test_maps_are_read_to_the_last_column() -> None:
 
 
 def test_maps_accept_text_as_well_as_bytes() -> None:
-    assert procfs.parse_maps(MAPS.decode()) == procfs.parse_maps(MAPS)
+    assert proctext.parse_maps(MAPS.decode()) == proctext.parse_maps(MAPS)
 
 
 def test_a_path_that_is_not_utf8_survives() -> None:
-    (vma,) = procfs.parse_maps(b"1000-2000 rw-p 0 00:00 7 /tmp/\xff\xfe")
+    (vma,) = proctext.parse_maps(b"1000-2000 rw-p 0 00:00 7 /tmp/\xff\xfe")
     assert os.fsencode(vma.path) == b"/tmp/\xff\xfe"
 
 
@@ -100,11 +100,11 @@ def test_a_path_that_is_not_utf8_survives() -> None:
 )
 def test_a_line_that_is_no_mapping_is_named_by_its_number(line: bytes) -> None:
     with pytest.raises(ValueError, match="line 2 "):
-        procfs.parse_maps(b"1000-2000 rw-p 0 00:00 0\n" + line)
+        proctext.parse_maps(b"1000-2000 rw-p 0 00:00 0\n" + line)
 
 
 def test_smaps_give_flags_to_the_mapping_above_them() -> None:
-    vmas = procfs.parse_smaps(SMAPS)
+    vmas = proctext.parse_smaps(SMAPS)
     assert vmas[0].flags == {"rd", "wr", "mr", "mw", "me", "ac", "sd"}
     assert vmas[1].flags == {"rd", "ex", "mr", "mw", "me", "de", "sd"}
     assert (vmas[1].path, vmas[1].perms) == ("[vdso]", "r-xp")
@@ -113,13 +113,13 @@ def test_smaps_give_flags_to_the_mapping_above_them() -> None:
 
 def test_smaps_fields_without_a_mapping_are_refused() -> None:
     with pytest.raises(ValueError, match="line 1 "):
-        procfs.parse_smaps(b"Size: 4 kB\n")
+        proctext.parse_smaps(b"Size: 4 kB\n")
     with pytest.raises(ValueError, match="line 11 "):
-        procfs.parse_smaps(SMAPS + b"not a field\n")
+        proctext.parse_smaps(SMAPS + b"not a field\n")
 
 
 def test_fields_keep_their_text_and_skip_what_has_no_colon() -> None:
-    fields = procfs.parse_fields(
+    fields = proctext.parse_fields(
         b"Name:\ta:b c\nVmPin:\t       4 kB\nbroken\nUid:\t0\t65534\t0\t0\n"
     )
     assert fields == {"Name": "a:b c", "VmPin": "4 kB", "Uid": "0\t65534\t0\t0"}
@@ -138,10 +138,10 @@ def test_fields_keep_their_text_and_skip_what_has_no_colon() -> None:
     ],
 )
 def test_the_cgroup_that_says_most_is_chosen(text: bytes, path: str | None, unit: str) -> None:
-    found = procfs.parse_cgroup(text)
+    found = proctext.parse_cgroup(text)
     if path is not None:
         assert found == path
-    assert procfs.unit_of(found) == unit
+    assert proctext.unit_of(found) == unit
 
 
 def test_a_process_is_itself_until_the_start_time_differs() -> None:
@@ -224,7 +224,9 @@ def test_a_mapping_that_grew_while_it_was_told_is_told_once() -> None:
         "4000-8000 rw-p 00001000 00:01 7 /f\n"
         "8000-9000 r--p 00000000 00:00 0\n"
     )
-    found = [(vma.start, vma.end, vma.offset) for vma in procfs.disjoint(procfs.parse_maps(text))]
+    found = [
+        (vma.start, vma.end, vma.offset) for vma in proctext.disjoint(proctext.parse_maps(text))
+    ]
     assert found == [
         (0x1000, 0x3000, 0), (0x3000, 0x5000, 0), (0x5000, 0x8000, 0x2000), (0x8000, 0x9000, 0),
     ]  # fmt: skip
