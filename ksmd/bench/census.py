@@ -57,7 +57,7 @@ def file_frames(found: NDArray[np.uint64]) -> int:
 
 def contents(victims: Sequence[Victim]) -> NDArray[np.uint64]:
     """Give a 64-bit checksum of every page of the victims."""
-    checksummer = Checksummer(_SEED)
+    checksummer = Checksummer()
     sums = []
     for victim in victims:
         with Memory(victim.pid) as memory:
@@ -66,15 +66,14 @@ def contents(victims: Sequence[Victim]) -> NDArray[np.uint64]:
                     n = min(checksummer.npages, part.npages - at)
                     view = checksummer.buffer[: n << PAGE_SHIFT]
                     memory.read_into(part.start + (at << PAGE_SHIFT), view)
-                    sums.append(checksummer.sums64(n).copy())
+                    sums.append(checksummer.sums64(n, _SEED).copy())
     found: NDArray[np.uint64] = np.concatenate(sums)
     return found
 
 
 def zero_content() -> int:
     """Give the checksum of a page of zeros."""
-    checksummer = Checksummer(_SEED, 1)
-    return int(checksummer.sums64(1)[0])
+    return int(Checksummer(1).sums64(1, _SEED)[0])
 
 
 def possible(sums: NDArray[np.uint64], zero: int) -> int:

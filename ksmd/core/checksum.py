@@ -49,38 +49,36 @@ def sums_of(view: memoryview, seed: int) -> NDArray[np.uint32]:
     return low32(sums64_of(view, seed))
 
 
+def zero_sum(seed: int) -> int:
+    """Return the 32-bit checksum of a page of zeros."""
+    return int(sums_of(memoryview(bytes(PAGE_SIZE)), seed)[0])
+
+
 class Checksummer:
     """Reads of up to ``npages`` pages land in ``buffer``; ``sums`` tells their checksums.
 
-    ``seed`` is 64 bits, unsigned. The buffer starts on a page boundary and lives as long as this
-    object. Not for use by two threads at once.
+    The buffer starts on a page boundary and lives as long as this object. A seed is 64 bits,
+    unsigned. Not for use by two threads at once.
     """
 
-    def __init__(self, seed: int, npages: int = 1024) -> None:
+    def __init__(self, npages: int = 1024) -> None:
         if npages <= 0:
             raise ValueError(f"a buffer of {npages} pages")
         raw = np.zeros((npages + 1) * PAGE_SIZE, np.uint8)
         start = -raw.ctypes.data % PAGE_SIZE
         self.buffer = raw.data[start : start + npages * PAGE_SIZE]
         self.npages = npages
-        self._seed = seed
         self._slices = _pages_of(self.buffer)
-        self._zero = int(sums_of(memoryview(bytes(PAGE_SIZE)), seed)[0])
 
-    @property
-    def zero(self) -> int:
-        """The 32-bit checksum of a page of zeros."""
-        return self._zero
-
-    def sums(self, n: int) -> NDArray[np.uint32]:
+    def sums(self, n: int, seed: int) -> NDArray[np.uint32]:
         """Return the 32-bit checksums of the first ``n`` pages of the buffer."""
-        return low32(self.sums64(n))
+        return low32(self.sums64(n, seed))
 
-    def sums64(self, n: int) -> NDArray[np.uint64]:
+    def sums64(self, n: int, seed: int) -> NDArray[np.uint64]:
         """Return the 64-bit checksums of the first ``n`` pages of the buffer."""
         if not 0 <= n <= self.npages:
             raise ValueError(f"{n} pages of a buffer of {self.npages}")
-        return _digests(self._slices, n, self._seed)
+        return _digests(self._slices, n, seed)
 
 
 def _pages_of(view: memoryview) -> list[memoryview]:

@@ -79,12 +79,12 @@ def run(what: What, progress: Progress = lambda _text: None) -> dict[str, Any]:
     candidates, refusals = _choose(what)
     limits = (what if isinstance(what, Settings) else defaults()).limits
     seed = secrets.randbits(64)
-    checksummer = Checksummer(seed, PIECE >> PAGE_SHIFT)
+    checksummer = Checksummer(PIECE >> PAGE_SHIFT)
     for number, candidate in enumerate(candidates, 1):
         pid, comm = candidate.process.id.pid, candidate.process.comm
         progress(f"process {number} of {len(candidates)}: {pid} {ascii(comm)[1:-1]}")
         try:
-            _look(candidate, checksummer, limits.vma_percent)
+            _look(candidate, checksummer, seed, limits.vma_percent)
         except (TargetGoneError, PrivilegeError) as error:
             if isinstance(what, Sequence):
                 raise
@@ -162,7 +162,7 @@ def _age(target: TargetId) -> float:
 # -- looking ---------------------------------------------------------------------------------------
 
 
-def _look(candidate: _Candidate, checksummer: Checksummer, vma_percent: int) -> None:
+def _look(candidate: _Candidate, checksummer: Checksummer, seed: int, vma_percent: int) -> None:
     """Read the candidate's pages; raise TargetGoneError or PrivilegeError."""
     pid = candidate.process.id.pid
     candidate.refused = _refusal(candidate.process, candidate.twins)
@@ -179,7 +179,7 @@ def _look(candidate: _Candidate, checksummer: Checksummer, vma_percent: int) -> 
         candidate.room = max(0, risks.max_map_count() * vma_percent // 100 - len(vmas))
         parts = [_empty()]
         for area in allowed:
-            parts += _area(area.start, area.end, memory, pagemap, checksummer)
+            parts += _area(area.start, area.end, memory, pagemap, checksummer, seed)
     found = TargetPages(*(np.concatenate(column) for column in zip(*parts, strict=True)))
     candidate.found = found
     candidate.pages = found.pages.size
@@ -214,17 +214,19 @@ def _empty() -> _Columns:
 
 
 def _area(
-    start: int, end: int, memory: Memory, pagemap: PageMap, checksummer: Checksummer
+    start: int, end: int, memory: Memory, pagemap: PageMap, checksummer: Checksummer, seed: int
 ) -> Iterator[_Columns]:
     """Yield the columns of TargetPages for [start, end), look by look."""
     while start < end:
         present = pagemap.present(start, end, _LOOK_PAGES)
         if present.pages.size:
-            yield _columns(present.pages, memory, pagemap, checksummer)
+            yield _columns(present.pages, memory, pagemap, checksummer, seed)
         start = max(present.walk_end, start + PAGE_SIZE)
 
 
-def _columns(pages: Pages, memory: Memory, pagemap: PageMap, checksummer: Checksummer) -> _Columns:
+def _columns(
+    pages: Pages, memory: Memory, pagemap: PageMap, checksummer: Checksummer, seed: int
+) -> _Columns:
     entries = np.concatenate(
         [
             pagemap.entries(int(pages[first]), end - first)
@@ -237,7 +239,7 @@ def _columns(pages: Pages, memory: Memory, pagemap: PageMap, checksummer: Checks
     kept = np.ones(pages.size, np.bool_)
     for first, end in _stretches(pages[own], checksummer.npages):
         got = _read(int(pages[own[first]]), end - first, memory, checksummer)
-        checksums[own[first : first + got]] = checksummer.sums64(got)
+        checksums[own[first : first + got]] = checksummer.sums64(got, seed)
         kept[own[first + got : end]] = False  # gone since
     return pages[kept], pageentries.pfn(entries)[kept], checksums[kept], exclusive[kept]
 

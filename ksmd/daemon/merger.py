@@ -113,7 +113,7 @@ class Merger:
         if not domain.tables.stable:
             return Plan()
         checksums, pages = domain.store.pages()
-        zero = domain.checksummer.zero
+        zero = domain.zero
         members = domain.tables.duplicates(checksums, zero)
         ready = {target.slot for target in self._of(domain) if self.may_stop(target, asked)}
         members = focus(members, ready, 0 if asked else self._settings.window.max_pages)

@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ksmd.core.cursor import Piece
 from ksmd.core.spans import Spans
-from ksmd.daemon.state import Domain, Target
+from ksmd.daemon.reader import Reader
+from ksmd.daemon.state import Target
 from ksmd.daemon.targets import Targets
 from ksmd.kernel import procfs
 from ksmd.model.errors import KsmdError, TargetGoneError
@@ -27,8 +27,6 @@ from ksmd.model.units import PAGE_SHIFT
 _PIECE_BYTES = 1 << 30
 #: Pages that enter the tables at once: fewer, and the tables' fixed costs show.
 _STEP_PAGES = 1 << 14
-
-Pages = NDArray[np.uint64]
 
 
 @dataclass(slots=True)
@@ -48,6 +46,7 @@ class Scanner:
 
     def __init__(self, targets: Targets) -> None:
         self._targets = targets
+        self._reader = Reader()
         self._seqnr = 0
         self._began = time.monotonic()
 
@@ -159,7 +158,7 @@ class Scanner:
             found = present.pages[areas.find(present.pages)[1]]
             pages = found[target.pagemap.exclusive_of(found)]
             result.refused[Reason.FORK_SHARED] += len(found) - len(pages)
-            pages, checksums = _read(domain, target, pages)
+            pages, checksums = self._reader.read(target.memory, pages, domain.seed, at_once=eager)
             if not out_of_turn:
                 mine = domain.sieve.choose(pages, checksums)
                 result.refused[Reason.TABLE_FULL] += int(np.count_nonzero(~mine))
@@ -180,29 +179,3 @@ class Scanner:
         if not out_of_turn:
             domain.sieve.skip(int(counts[Seen.TABLE_FULL]))
         return walk_end
-
-
-def _read(domain: Domain, target: Target, pages: Pages) -> tuple[Pages, NDArray[np.uint32]]:
-    """Read and checksum exclusive pages, buffer by buffer; pages that vanished are left out."""
-    checksummer = domain.checksummer
-    sums = np.empty(len(pages), np.uint32)
-    vanished = []
-    for start in range(0, len(pages), checksummer.npages):
-        chunk = pages[start : start + checksummer.npages]
-        for low, high in target.memory.gather_exclusive(_pieces(chunk), checksummer.buffer):
-            vanished.append(np.arange(low >> PAGE_SHIFT, high >> PAGE_SHIFT) + start)
-        sums[start : start + len(chunk)] = checksummer.sums(len(chunk))
-    if not vanished:
-        return pages, sums
-    left = np.delete(np.arange(len(pages)), np.concatenate(vanished))
-    return pages[left], sums[left]
-
-
-def _pieces(pages: Pages) -> memoryview:
-    """Give ascending pages as what is to be read: address and length of neighbours, in turns."""
-    edges = np.flatnonzero(np.diff(pages) != 1) + 1
-    pieces = np.empty((edges.size + 1, 2), np.uint64)
-    pieces[0, 0], pieces[1:, 0] = pages[0], pages[edges]
-    pieces[:, 1] = np.diff(edges, prepend=0, append=pages.size)
-    pieces <<= np.uint64(PAGE_SHIFT)
-    return pieces.reshape(-1).data

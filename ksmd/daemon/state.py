@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ksmd.core.checksum import Checksummer, sums_of
+from ksmd.core.checksum import sums_of, zero_sum
 from ksmd.core.digest import HeadDigest, Sha1Cache
 from ksmd.core.eligibility import RefusedRanges
 from ksmd.core.ledger import StopTimes
@@ -216,7 +216,7 @@ class Domain:
         self.seed = secrets.randbits(64)
         self.tables = PageTables(sizes.rmap_hash_size, sizes.page_hash_size)
         self.sieve = Sieve(min(sizes.rmap_hash_size, sizes.page_hash_size))
-        self.checksummer = Checksummer(self.seed)
+        self.zero = zero_sum(self.seed)  # checksum of a page of zeros
         self.strangers = Strangers()
         self.digest = HeadDigest(secrets.token_bytes(32))
         self.sha1_cache = Sha1Cache(sizes.sha1_hash_size)
