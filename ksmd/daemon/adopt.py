@@ -292,7 +292,7 @@ class Adoption:
             log.warning("windows were under way in %d targets", len(unsettled))
         deadline = time.monotonic() + _SETTLE_SECS
         while self._pager.unsettled and time.monotonic() < deadline:
-            self._pipeline.merger.settle_left_over()
+            self._pipeline.windows.settle_left_over()
             yield _PAUSE_SECS if self._pager.unsettled else 0.0
         for slot in self._pager.unsettled:
             target = self._targets.by_slot.get(slot)

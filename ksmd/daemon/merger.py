@@ -6,13 +6,11 @@ yield after every extent that was filled and every window that was opened.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,38 +18,24 @@ from numpy.typing import NDArray
 from ksmd.core.focus import focus
 from ksmd.core.planner import PlanLimits, make_plan
 from ksmd.core.scope import Scope, within
-from ksmd.core.windows import (
-    Ground,
-    Records,
-    merge_records,
-    pages_of,
-    spans,
-    windows_of,
-    zero_records,
-)
+from ksmd.core.windows import Ground, Records, merge_records, zero_records
 from ksmd.daemon.confirm import SecondLook, User, confirmed, strangers, without_lonely
 from ksmd.daemon.hugepages import huge_blocks, split_cut
 from ksmd.daemon.journal import fields
-from ksmd.daemon.prepare import prepare
-from ksmd.daemon.state import PASSING, Domain, Target
+from ksmd.daemon.state import Domain, Target
 from ksmd.daemon.targets import Targets
-from ksmd.guard.client import Pager
+from ksmd.daemon.windows import Asked, MergeResult, Windows, is_asked
 from ksmd.kernel import risks
 from ksmd.model.errors import KsmdError, TargetGoneError
 from ksmd.model.plan import ExtentPlan, Plan
 from ksmd.model.refusal import Reason
 from ksmd.model.units import PAGE_SHIFT
-from ksmd.model.window import Op, WindowRequest, WindowResult
-from ksmd.remap.engine import Engine, RefusedTargetError
 from ksmd.remap.store import Extent, Making
 from ksmd.settings.values import Settings
 
 log = logging.getLogger(__name__)
 
-
-#: Refusals that have to do with the moment of the stop, and how often an asked window tries again.
-_MOMENTARY = frozenset({Reason.UNSTOPPABLE, Reason.NO_THREAD, Reason.STALE_STUB})
-_RETRIES = 3
+#: Processors that a stop needs: the tracer its own, and the threads that stop another.
 _PROCESSORS_OF_A_STOP = 2
 #: Runs of zero pages in a window: they take no mappings, but a price that is wrong tells by then.
 _ZERO_RUNS = 500
@@ -59,39 +43,12 @@ _ZERO_RUNS = 500
 _SCATTERED_PAGES, _SCATTERED_SHARE = 65536, 16
 
 
-@dataclass(slots=True)
-class MergeResult:
-    """What one merge pass did, in pages; ``postponed``: windows that a later pass should retry.
-
-    ``new``: pages by which the store grew; ``per_slot``: what :attr:`changed` is of each target.
-    """
-
-    merged: int = 0
-    zeroed: int = 0
-    remerged: int = 0
-    windows: int = 0
-    postponed: int = 0
-    new: int = 0
-    refused: Counter[Reason] = field(default_factory=Counter)
-    per_slot: Counter[int] = field(default_factory=Counter)
-
-    @property
-    def changed(self) -> int:
-        """Pages that are shared now and were not before."""
-        return self.merged + self.zeroed + self.remerged
-
-
-#: Whose stops need no pauses because somebody waits: everybody's, nobody's, or these slots'.
-Asked = bool | frozenset[int]
-
-
 class Merger:
     """Plans and carries out merges."""
 
-    def __init__(self, targets: Targets, engine: Engine, pager: Pager) -> None:
+    def __init__(self, targets: Targets, windows: Windows) -> None:
         self._targets = targets
-        self._engine = engine
-        self._pager = pager
+        self._windows = windows
         self._next_extent = 1
         self._ahead: Making | None = None
 
@@ -115,7 +72,9 @@ class Merger:
         checksums, pages = domain.store.pages()
         zero = domain.zero
         members = domain.tables.duplicates(checksums, zero)
-        ready = {target.slot for target in self._of(domain) if self.may_stop(target, asked)}
+        ready = {
+            target.slot for target in self._of(domain) if self._windows.may_stop(target, asked)
+        }
         members = focus(members, ready, 0 if asked else self._settings.window.max_pages)
         if not asked:
             members = domain.strangers.without(members, time.monotonic())
@@ -133,14 +92,6 @@ class Merger:
 
     def _of(self, domain: Domain) -> list[Target]:
         return [t for t in self._targets if t.selected.domain == domain.name]
-
-    def _deadline_ms(self, target: Target) -> float:
-        return target.deadline_ms(self._settings.window.deadline_ms)
-
-    def may_stop(self, target: Target, asked: Asked) -> bool:
-        """Whether a stop window of *target* may be opened now."""
-        interval = self._settings.window.interval_secs
-        return target.may_stop(time.monotonic(), interval, _is_asked(target, asked))
 
     def _vma_room(self, target: Target) -> int:
         """VMAs that the target may still get: a share of what the program itself leaves free."""
@@ -206,7 +157,7 @@ class Merger:
                     domain.strangers.add(strangers(runs, users, extent), time.monotonic())
                     users = without_lonely(users, extent, result.refused)
                 looked = []
-                for user in look.at_all(users, lambda target: _is_asked(target, asked)):
+                for user in look.at_all(users, lambda target: is_asked(target, asked)):
                     looked.append(user)
                     yield result
                 users = without_lonely(looked, extent, result.refused) if number in new else looked
@@ -235,7 +186,7 @@ class Merger:
             zeros = plan.zeros[plan.zeros["target"] == target.slot]
             if len(zeros):
                 records = zero_records(zeros, target.ground, self._settings.window.max_pages)
-                records = look.at(target, records, asked=_is_asked(target, asked))
+                records = look.at(target, records, asked=is_asked(target, asked))
                 yield from self._open_windows(
                     domain, target, target.ground, None, records, asked, result
                 )
@@ -256,7 +207,7 @@ class Merger:
         for target in self._of(domain):
             mine = runs[runs["target"] == target.slot]
             living = target.slot in self._targets.by_slot
-            if not (living and len(mine) and self.may_stop(target, asked)):
+            if not (living and len(mine) and self._windows.may_stop(target, asked)):
                 continue
             records = merge_records(mine, target.ground, self._settings.window.max_pages)
             try:
@@ -277,30 +228,30 @@ class Merger:
         asked: Asked,
         result: MergeResult,
     ) -> Iterator[MergeResult]:
-        window = self._settings.window
         if not len(records) or target.slot not in self._targets.by_slot:
             return
-        price = target.prices[Op(int(records["op"][0]))]
         carried: list[Records] = []
         try:
             huge = huge_blocks(target, records) if target.huge else frozenset()
-            runs = window.max_runs if extent is not None else _ZERO_RUNS
-            for batch in windows_of(records, runs, window.max_pages, price, window.stop_ms):
-                if target.slot not in self._targets.by_slot or not self.may_stop(target, asked):
+            runs = 0 if extent is not None else _ZERO_RUNS
+            for batch in self._windows.cut(target, records, runs):
+                if target.slot not in self._targets.by_slot:
+                    return
+                if not self._windows.may_stop(target, asked):
                     return
                 if target.ground is not ground:
                     return  # read anew meanwhile: a range may have been taken back by its program
                 if extent is not None and extent.number not in domain.store.extents:
                     return
                 split_cut(target, batch, huge)
-                done = self._window(target, extent, batch, asked, result)
+                done = self._windows.attempt(target, extent, batch, asked, result, self._meanwhile)
                 if done is not None:
-                    carried.append(self.account(domain, target, done, result))
+                    carried.append(self._windows.account(domain, target, done, result))
                 yield result
         except TargetGoneError:
             self._targets.drop(target)
         finally:
-            self.forget(domain, target, carried)
+            self._windows.forget(domain, target, carried)
 
     def _fill(
         self, domain: Domain, planned: ExtentPlan, result: MergeResult
@@ -335,166 +286,7 @@ class Merger:
         except TargetGoneError:  # nobody is dropped in the middle of somebody's window
             return
 
-    def _window(
-        self,
-        target: Target,
-        extent: Extent | None,
-        records: Records,
-        asked: Asked,
-        result: MergeResult,
-    ) -> WindowResult | None:
-        """Open one stop window for a batch; None where it could not be opened. TargetGoneError."""
-        if not self._ready(target, asked):
-            result.postponed += target.refused in _MOMENTARY
-            return None
-        done = self.open(target, records, extent)
-        for _ in range(_RETRIES if _is_asked(target, asked) else 0):
-            if done.refused not in _MOMENTARY:
-                break
-            done = self.open(target, records, extent)
-        result.windows += 1
-        result.postponed += done.refused in _MOMENTARY
-        return done
-
-    def _ready(self, target: Target, asked: Asked) -> bool:
-        """Make the target's contexts where it has none yet."""
-        for _ in range(1 + (_RETRIES if _is_asked(target, asked) else 0)):
-            if target.contexts is None:
-                prepare(target, self._engine, self._pager, self._deadline_ms(target))
-            if target.contexts is not None or target.refused not in _MOMENTARY:
-                break
-        return target.contexts is not None
-
-    # -- one window -----------------------------------------------------------------------------
-
-    def open(self, target: Target, records: Records, extent: Extent | None) -> WindowResult:
-        """Open one stop window: the pager hears of the ranges before it and after it."""
-        assert target.contexts is not None
-        request = WindowRequest(
-            target.id,
-            records,
-            extent.map.inode if extent is not None else 0,
-            deadline_ms=self._deadline_ms(target),
-            accept_seccomp_risk=target.selected.accept_seccomp_risk,
-        )
-        left_over = target.slot in self._pager.unsettled
-        announce(self._pager, target.slot, records)
-        done = self._engine.window(
-            request,
-            target.contexts,
-            extent.map.fd_ro if extent is not None else -1,
-            meanwhile=self._meanwhile,
-        )
-        # what a window left whose tracer died is settled by the next one that finds no stub at work
-        if done.refused is None or not (done.lost or left_over):
-            self._pager.settle_all(target.slot)
-        if done.lost:  # a stub that is at work may have guarded what is read next
-            target.memory.may_pin = False
-        now = time.monotonic()
-        target.last_window, target.recount_at = now, 0.0
-        if done.refused is Reason.GONE:
-            self._targets.drop(target)
-        elif done.refused is not None:
-            log.info(
-                "pid %d refused: %s %s",
-                target.pid,
-                done.refused,
-                done.detail,
-                extra=fields(
-                    target_pid=target.pid,
-                    domain=target.selected.domain,
-                    reason=str(done.refused),
-                ),
-            )
-            target.refuse(done.refused, done.detail, now)
-        else:
-            target.accepted()
-            target.stops.add(done.total_us / 1000)
-            price = target.prices[Op(int(records["op"][0]))]
-            price.learn(records, done.total_us, done.at_work_us)
-        return done
-
-    def account(
-        self, domain: Domain, target: Target, done: WindowResult, result: MergeResult
-    ) -> Records:
-        """Enter what a window has done into *result* and the target; what is to be forgotten."""
-        none = done.records[:0]
-        if done.done is None or (done.refused is not None and done.refused in PASSING):
-            return none
-        for index, reason in done.reasons.items():
-            result.refused[reason] += int(done.records["length"][index]) >> PAGE_SHIFT
-        if done.reasons:
-            domain.tables.wake(target.slot, pages_of(done.records[~done.done]))
-        carried = done.records[done.done]
-        if not len(carried):
-            return none
-        op = Op(int(carried["op"][0]))  # a window has records of one kind
-        npages = int(carried["length"].sum()) >> PAGE_SHIFT
-        result.per_slot[target.slot] += npages
-        result.merged += npages if op is Op.MERGE else 0
-        result.zeroed += npages if op is Op.ZERO else 0
-        result.remerged += npages if op is Op.REMERGE else 0
-        if target.slot not in self._targets.by_slot:
-            return none
-        if op is Op.ZERO:
-            target.emptied.append(pages_of(carried))
-        self._targets.tell("merged", target, npages)
-        return carried
-
-    def forget(self, domain: Domain, target: Target, carried: list[Records]) -> None:
-        """Take what windows have merged out of the tables: at once, which spares most of the work.
-
-        A scan that comes before finds these pages gone by itself.
-        """
-        if carried and target.slot in self._targets.by_slot:
-            domain.tables.forget_pages(target.slot, pages_of(np.concatenate(carried)))
-
-    # -- leaving ------------------------------------------------------------------------------
-
-    def settle_left_over(self) -> None:
-        """Settle the windows whose tracer died, in targets where no stub is at work any more."""
-        for slot in self._pager.unsettled:
-            target = self._targets.by_slot.get(slot)
-            if target is None:
-                continue
-            try:
-                self._engine.check(target.id, self._deadline_ms(target))
-            except RefusedTargetError as error:
-                if error.reason is Reason.GONE:
-                    self._targets.drop(target)
-            else:
-                self._pager.settle_all(slot)
-
-    def forget_contexts(self, target: Target) -> None:
-        """Close the contexts of a target in which nothing is merged any more."""
-        if target.slot in self._pager.unsettled:
-            self.settle_left_over()
-        if target.contexts is None or target.slot in self._pager.unsettled:
-            return  # or a stub whose tracer died may be about to merge
-        self._pager.drop(target.slot)
-        with contextlib.suppress(OSError):
-            os.close(target.contexts.guard)
-            os.close(target.contexts.track)
-        target.contexts = None
-
-
-def announce(pager: Pager, slot: int, records: Records) -> None:
-    """Tell the pager of a window before it is opened.
-
-    Until the window is over, children are filled from the store where it maps the store. Not where
-    pages are given back: fork copies that memory anyway, and what the program has dropped of it
-    would come back to life in the child.
-    """
-    mapped = records[(records["op"] == Op.MERGE) | (records["op"] == Op.REMERGE)]
-    pager.extend(slot, spans(mapped))
-    if np.any(records["op"] == Op.UNMERGE):
-        pager.begin_unmerge(slot)
-
 
 def _scattered_pages() -> int:
     """Give how large an extent for scattered pages may be: filling it comes before freeing any."""
     return min(_SCATTERED_PAGES, risks.mem_available() // _SCATTERED_SHARE >> PAGE_SHIFT)
-
-
-def _is_asked(target: Target, asked: Asked) -> bool:
-    return asked if isinstance(asked, bool) else target.slot in asked

@@ -16,11 +16,12 @@ from ksmd.core.budget import step_pages
 from ksmd.core.ledger import Ledger
 from ksmd.daemon.accounting import Accounting
 from ksmd.daemon.exclusive import Exclusive
-from ksmd.daemon.merger import Merger, MergeResult
+from ksmd.daemon.merger import Merger
 from ksmd.daemon.remerger import Remerger
 from ksmd.daemon.scanner import Scanner, ScanResult
 from ksmd.daemon.targets import Targets
 from ksmd.daemon.unmerger import Unmerger
+from ksmd.daemon.windows import MergeResult, Windows
 from ksmd.guard.client import Pager
 from ksmd.kernel import libc
 from ksmd.remap.engine import Engine
@@ -70,11 +71,12 @@ class Pipeline:
     def __init__(self, targets: Targets, engine: Engine, pager: Pager) -> None:
         self.targets = targets
         self.scanner = Scanner(targets)
-        self.merger = Merger(targets, engine, pager)
-        self.remerger = Remerger(targets, self.merger)
+        self.windows = Windows(targets, engine, pager)
+        self.merger = Merger(targets, self.windows)
+        self.remerger = Remerger(targets, self.windows)
         self.ledger = Ledger()
         self.accounting = Accounting(targets, pager, self.ledger)
-        self.unmerger = Unmerger(targets, self.merger, self.accounting, engine, pager)
+        self.unmerger = Unmerger(targets, self.windows, self.accounting)
         self.last: PassResult | None = None
         self.volatile = 0
         self.merging = Exclusive()
@@ -149,7 +151,7 @@ class Pipeline:
                 yield pause
             else:
                 yield 0.0
-        self.merger.settle_left_over()
+        self.windows.settle_left_over()
         yield from self._recount(resting=not asked)
         before = merge.windows
         for step in self.merging.holding(self.remerger.remerge_pass(asked, merge)):

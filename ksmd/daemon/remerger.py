@@ -7,11 +7,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ksmd.core.windows import advice_of, columns, windows_of
+from ksmd.core.windows import advice_of, columns
 from ksmd.daemon.accounting import stretches_of
-from ksmd.daemon.merger import Merger, MergeResult
 from ksmd.daemon.state import Domain, Target
 from ksmd.daemon.targets import Targets
+from ksmd.daemon.windows import MergeResult, Windows
 from ksmd.kernel.pagemap import pages_in
 from ksmd.model.errors import TargetGoneError
 from ksmd.model.units import PAGE_SHIFT, PAGE_SIZE
@@ -25,9 +25,9 @@ _NEVER_AGAIN = frozenset({"lo", "lf", "dc", "dd"})
 class Remerger:
     """One window per target and extent; what does not fit into it waits for the next pass."""
 
-    def __init__(self, targets: Targets, merger: Merger) -> None:
+    def __init__(self, targets: Targets, windows: Windows) -> None:
         self._targets = targets
-        self._merger = merger
+        self._windows = windows
 
     def remerge_pass(self, asked: bool, result: MergeResult) -> Iterator[MergeResult]:
         """Give CoW-broken pages that hold the store's content again back to the store."""
@@ -44,21 +44,16 @@ class Remerger:
                 extent = domain.store.extents.get(number)
                 if extent is None or not self._may_stop(target, asked):
                     break  # given back meanwhile, or stopped just now
-                window, price = self._targets.settings.window, target.prices[Op.REMERGE]
-                first = next(
-                    windows_of(
-                        columns(records), window.max_runs, window.max_pages, price, window.stop_ms
-                    )
-                )
-                done = self._merger.open(target, first, extent)
+                first = next(self._windows.cut(target, columns(records)))
+                done = self._windows.open(target, first, extent)
                 result.windows += 1
-                carried = self._merger.account(domain, target, done, result)
-                self._merger.forget(domain, target, [carried])
+                carried = self._windows.account(domain, target, done, result)
+                self._windows.forget(domain, target, [carried])
                 yield result
 
     def _may_stop(self, target: Target, asked: bool) -> bool:
         here = target.slot in self._targets.by_slot and target.contexts is not None
-        return here and self._merger.may_stop(target, asked)
+        return here and self._windows.may_stop(target, asked)
 
     def _equal_again(self, domain: Domain, target: Target) -> dict[int, list[Record]]:
         self._targets.recall_mappings(target)

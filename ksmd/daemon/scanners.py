@@ -20,10 +20,10 @@ from ksmd.core.cursor import Cursor, Piece
 from ksmd.core.scope import Ranges, Scope, clip
 from ksmd.daemon.allowance import Allowance
 from ksmd.daemon.connection import CallError
-from ksmd.daemon.merger import MergeResult
 from ksmd.daemon.pipeline import Pipeline
 from ksmd.daemon.scanner import ScanResult
 from ksmd.daemon.state import Domain, Target
+from ksmd.daemon.windows import MergeResult
 from ksmd.model.process import TargetId
 from ksmd.model.refusal import Reason
 from ksmd.model.vma import Area

@@ -14,21 +14,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from ksmd.core.spans import Spans
-from ksmd.core.windows import unmerge_records, windows_of
+from ksmd.core.windows import unmerge_records
 from ksmd.daemon.accounting import Accounting
 from ksmd.daemon.journal import fields
-from ksmd.daemon.merger import Merger
-from ksmd.daemon.prepare import prepare
 from ksmd.daemon.state import Target
 from ksmd.daemon.targets import Targets
-from ksmd.guard.client import Pager
+from ksmd.daemon.windows import Windows
 from ksmd.guard.intervals import Intervals
 from ksmd.kernel import libc, risks
 from ksmd.model.errors import KsmdError, TargetGoneError
 from ksmd.model.refusal import Reason
 from ksmd.model.units import PAGE_SHIFT, PAGE_SIZE
-from ksmd.model.window import Op
-from ksmd.remap.engine import Engine
 from ksmd.remap.store import MEMORY_RESERVE
 
 log = logging.getLogger(__name__)
@@ -56,16 +52,12 @@ class Unmerger:
     def __init__(
         self,
         targets: Targets,
-        merger: Merger,
+        windows: Windows,
         accounting: Accounting,
-        engine: Engine,
-        pager: Pager,
     ) -> None:
         self._targets = targets
-        self._merger = merger
+        self._windows = windows
         self._accounting = accounting
-        self._engine = engine
-        self._pager = pager
 
     def check_memory(self, targets: Sequence[Target]) -> None:
         """Raise NotEnoughMemoryError, with figures, where the pages would not fit."""
@@ -112,7 +104,7 @@ class Unmerger:
         result.left = _merged_bytes(target, spans) >> PAGE_SHIFT
         result.reason = target.refused if result.left else None
         if not target.mappings:
-            self._merger.forget_contexts(target)
+            self._windows.forget_contexts(target)
         yield result
 
     def _recount(self) -> Iterator[UnmergeResult]:
@@ -136,28 +128,21 @@ class Unmerger:
                 ),
             )
         else:
-            self._merger.forget_contexts(target)
+            self._windows.forget_contexts(target)
 
     def _once(
         self, target: Target, result: UnmergeResult, spans: Intervals | None = None
     ) -> Iterator[UnmergeResult]:
-        if target.contexts is None:
-            deadline = target.deadline_ms(self._targets.settings.window.deadline_ms)
-            prepare(target, self._engine, self._pager, deadline)
-        if target.contexts is None:
+        if not self._windows.prepare(target):
             return
         self._targets.read_mappings(target, flags=True)
-        window = self._targets.settings.window
         where = None if spans is None else _pages(spans)
-        price = target.prices[Op.UNMERGE]
         for extent, vmas in target.mappings.by_extent():
-            records = unmerge_records(vmas, where, window.max_pages)
-            for batch in windows_of(
-                records, window.max_runs, window.max_pages, price, window.stop_ms
-            ):
+            records = unmerge_records(vmas, where, self._targets.settings.window.max_pages)
+            for batch in self._windows.cut(target, records):
                 if target.contexts is None:
                     return  # given back by somebody else, between two windows
-                done = self._merger.open(target, batch, extent)
+                done = self._windows.open(target, batch, extent)
                 if done.refused is not None or done.done is None:
                     return
                 pages = int(done.records["length"][done.done].sum()) >> PAGE_SHIFT

@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 
 from ksmd.core.windows import columns
-from ksmd.daemon.merger import announce
+from ksmd.daemon.windows import announce
 from ksmd.guard.client import Pager
 from ksmd.kernel import libc, memfd, procfs
 from ksmd.kernel.iouring import PinRing

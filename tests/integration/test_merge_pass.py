@@ -10,11 +10,11 @@ import pytest
 from kernel_victims import Victim
 
 from ksmd.core import checksum, strangers
-from ksmd.daemon.merger import MergeResult
 from ksmd.daemon.pipeline import Pipeline
 from ksmd.daemon.scanner import ScanResult
 from ksmd.daemon.state import Target
 from ksmd.daemon.targets import Targets
+from ksmd.daemon.windows import MergeResult
 from ksmd.guard.client import Pager
 from ksmd.kernel.iouring import PinRing
 from ksmd.model.refusal import Reason

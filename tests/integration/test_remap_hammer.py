@@ -39,9 +39,10 @@ from ksmd.model.refusal import Reason
 from ksmd.model.units import PAGE_SHIFT, PAGE_SIZE
 from ksmd.model.window import Op, Record
 
-pytestmark = pytest.mark.root
-
 SECONDS = float(os.environ.get("KSMD_SOAK_SECONDS", "5"))
+
+pytestmark = [pytest.mark.root, pytest.mark.timeout(300 + 2 * SECONDS)]
+
 PATIENCE = 60.0
 
 ARENA = 0x510000000000

@@ -1,0 +1,267 @@
+"""One stop window, from the pager's being told of it to the target's account.
+
+Whoever changes a target comes through here: the merger, who maps the store, the remerger and the
+unmerger. What a window is to do has been decided before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ksmd.core.price import WindowPrice
+from ksmd.core.windows import Records, pages_of, spans, windows_of
+from ksmd.daemon.journal import fields
+from ksmd.daemon.prepare import prepare
+from ksmd.daemon.state import PASSING, Domain, Target
+from ksmd.daemon.targets import Targets
+from ksmd.guard.client import Pager
+from ksmd.model.refusal import Reason
+from ksmd.model.units import PAGE_SHIFT
+from ksmd.model.window import Op, WindowRequest, WindowResult
+from ksmd.remap.engine import Engine, RefusedTargetError
+from ksmd.remap.store import Extent
+
+log = logging.getLogger(__name__)
+
+#: Refusals that have to do with the moment of the stop, and how often an asked window tries again.
+_MOMENTARY = frozenset({Reason.UNSTOPPABLE, Reason.NO_THREAD, Reason.STALE_STUB})
+_RETRIES = 3
+
+
+@dataclass(slots=True)
+class MergeResult:
+    """What one merge pass did, in pages; ``postponed``: windows that a later pass should retry.
+
+    ``new``: pages by which the store grew; ``per_slot``: what :attr:`changed` is of each target.
+    """
+
+    merged: int = 0
+    zeroed: int = 0
+    remerged: int = 0
+    windows: int = 0
+    postponed: int = 0
+    new: int = 0
+    refused: Counter[Reason] = field(default_factory=Counter)
+    per_slot: Counter[int] = field(default_factory=Counter)
+
+    @property
+    def changed(self) -> int:
+        """Pages that are shared now and were not before."""
+        return self.merged + self.zeroed + self.remerged
+
+
+#: Whose stops need no pauses because somebody waits: everybody's, nobody's, or these slots'.
+Asked = bool | frozenset[int]
+
+
+def is_asked(target: Target, asked: Asked) -> bool:
+    """Whether somebody waits for *target*."""
+    return asked if isinstance(asked, bool) else target.slot in asked
+
+
+def _nothing() -> None:
+    """Do nothing meanwhile."""
+
+
+class Windows:
+    """Opens stop windows, one at a time. One for the whole daemon."""
+
+    def __init__(self, targets: Targets, engine: Engine, pager: Pager) -> None:
+        self._targets = targets
+        self._engine = engine
+        self._pager = pager
+
+    def may_stop(self, target: Target, asked: Asked) -> bool:
+        """Whether a stop window of *target* may be opened now."""
+        interval = self._targets.settings.window.interval_secs
+        return target.may_stop(time.monotonic(), interval, is_asked(target, asked))
+
+    def cut(self, target: Target, records: Records, max_runs: int = 0) -> Iterator[Records]:
+        """Cut *records*, of one kind, into what a window each should do; *max_runs* 0: as set."""
+        if not len(records):
+            return
+        window, price = self._targets.settings.window, self._price(target, records)
+        yield from windows_of(
+            records, max_runs or window.max_runs, window.max_pages, price, window.stop_ms
+        )
+
+    @staticmethod
+    def _price(target: Target, records: Records) -> WindowPrice:
+        return target.prices[Op(int(records["op"][0]))]
+
+    def _deadline_ms(self, target: Target) -> float:
+        return target.deadline_ms(self._targets.settings.window.deadline_ms)
+
+    def prepare(self, target: Target) -> bool:
+        """Make the target's contexts where it has none yet; whether it has them now."""
+        if target.contexts is None:
+            prepare(target, self._engine, self._pager, self._deadline_ms(target))
+        return target.contexts is not None
+
+    def attempt(
+        self,
+        target: Target,
+        extent: Extent | None,
+        records: Records,
+        asked: Asked,
+        result: MergeResult,
+        meanwhile: Callable[[], None] = _nothing,
+    ) -> WindowResult | None:
+        """Open one stop window, and again where its moment was bad and somebody waits.
+
+        None where there could be none. TargetGoneError.
+        """
+        if not self._ready(target, asked):
+            result.postponed += target.refused in _MOMENTARY
+            return None
+        done = self.open(target, records, extent, meanwhile)
+        for _ in range(_RETRIES if is_asked(target, asked) else 0):
+            if done.refused not in _MOMENTARY:
+                break
+            done = self.open(target, records, extent, meanwhile)
+        result.windows += 1
+        result.postponed += done.refused in _MOMENTARY
+        return done
+
+    def _ready(self, target: Target, asked: Asked) -> bool:
+        """Do the same, and again where the moment was bad and somebody waits."""
+        for _ in range(1 + (_RETRIES if is_asked(target, asked) else 0)):
+            if self.prepare(target) or target.refused not in _MOMENTARY:
+                break
+        return target.contexts is not None
+
+    def open(
+        self,
+        target: Target,
+        records: Records,
+        extent: Extent | None,
+        meanwhile: Callable[[], None] = _nothing,
+    ) -> WindowResult:
+        """Open one stop window: the pager hears of the ranges before it and after it."""
+        assert target.contexts is not None
+        request = WindowRequest(
+            target.id,
+            records,
+            extent.map.inode if extent is not None else 0,
+            deadline_ms=self._deadline_ms(target),
+            accept_seccomp_risk=target.selected.accept_seccomp_risk,
+        )
+        left_over = target.slot in self._pager.unsettled
+        announce(self._pager, target.slot, records)
+        done = self._engine.window(
+            request,
+            target.contexts,
+            extent.map.fd_ro if extent is not None else -1,
+            meanwhile=meanwhile,
+        )
+        # what a window left whose tracer died is settled by the next one that finds no stub at work
+        if done.refused is None or not (done.lost or left_over):
+            self._pager.settle_all(target.slot)
+        if done.lost:  # a stub that is at work may have guarded what is read next
+            target.memory.may_pin = False
+        now = time.monotonic()
+        target.last_window, target.recount_at = now, 0.0
+        if done.refused is Reason.GONE:
+            self._targets.drop(target)
+        elif done.refused is not None:
+            log.info(
+                "pid %d refused: %s %s",
+                target.pid,
+                done.refused,
+                done.detail,
+                extra=fields(
+                    target_pid=target.pid,
+                    domain=target.selected.domain,
+                    reason=str(done.refused),
+                ),
+            )
+            target.refuse(done.refused, done.detail, now)
+        else:
+            target.accepted()
+            target.stops.add(done.total_us / 1000)
+            self._price(target, records).learn(records, done.total_us, done.at_work_us)
+        return done
+
+    def account(
+        self, domain: Domain, target: Target, done: WindowResult, result: MergeResult
+    ) -> Records:
+        """Enter what a window has done into *result* and the target; what is to be forgotten."""
+        none = done.records[:0]
+        if done.done is None or (done.refused is not None and done.refused in PASSING):
+            return none
+        for index, reason in done.reasons.items():
+            result.refused[reason] += int(done.records["length"][index]) >> PAGE_SHIFT
+        if done.reasons:
+            domain.tables.wake(target.slot, pages_of(done.records[~done.done]))
+        carried = done.records[done.done]
+        if not len(carried):
+            return none
+        op = Op(int(carried["op"][0]))  # a window has records of one kind
+        npages = int(carried["length"].sum()) >> PAGE_SHIFT
+        result.per_slot[target.slot] += npages
+        result.merged += npages if op is Op.MERGE else 0
+        result.zeroed += npages if op is Op.ZERO else 0
+        result.remerged += npages if op is Op.REMERGE else 0
+        if target.slot not in self._targets.by_slot:
+            return none
+        if op is Op.ZERO:
+            target.emptied.append(pages_of(carried))
+        self._targets.tell("merged", target, npages)
+        return carried
+
+    def forget(self, domain: Domain, target: Target, carried: list[Records]) -> None:
+        """Take what windows have merged out of the tables: at once, which spares most of the work.
+
+        A scan that comes before finds these pages gone by itself.
+        """
+        if carried and target.slot in self._targets.by_slot:
+            domain.tables.forget_pages(target.slot, pages_of(np.concatenate(carried)))
+
+    # -- leaving ------------------------------------------------------------------------------
+
+    def settle_left_over(self) -> None:
+        """Settle the windows whose tracer died, in targets where no stub is at work any more."""
+        for slot in self._pager.unsettled:
+            target = self._targets.by_slot.get(slot)
+            if target is None:
+                continue
+            try:
+                self._engine.check(target.id, self._deadline_ms(target))
+            except RefusedTargetError as error:
+                if error.reason is Reason.GONE:
+                    self._targets.drop(target)
+            else:
+                self._pager.settle_all(slot)
+
+    def forget_contexts(self, target: Target) -> None:
+        """Close the contexts of a target in which nothing is merged any more."""
+        if target.slot in self._pager.unsettled:
+            self.settle_left_over()
+        if target.contexts is None or target.slot in self._pager.unsettled:
+            return  # or a stub whose tracer died may be about to merge
+        self._pager.drop(target.slot)
+        with contextlib.suppress(OSError):
+            os.close(target.contexts.guard)
+            os.close(target.contexts.track)
+        target.contexts = None
+
+
+def announce(pager: Pager, slot: int, records: Records) -> None:
+    """Tell the pager of a window before it is opened.
+
+    Until the window is over, children are filled from the store where it maps the store. Not where
+    pages are given back: fork copies that memory anyway, and what the program has dropped of it
+    would come back to life in the child.
+    """
+    mapped = records[(records["op"] == Op.MERGE) | (records["op"] == Op.REMERGE)]
+    pager.extend(slot, spans(mapped))
+    if np.any(records["op"] == Op.UNMERGE):
+        pager.begin_unmerge(slot)
