@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     journal.configure(verbose=args.verbose, stream=sys.stderr, environ=os.environ)
     manager = Manager.take(os.environ)
     settings = Reading(args.config)  # beside all that is loaded now
-    cpu.avoid_slow_sorts(os.environ)  # before numpy comes
+    cpu.suit_numpy(os.environ)  # before numpy comes
     # `ksmd --version` and `ksmd demo` need none of it
     from ksmd.daemon import main  # noqa: PLC0415
 

@@ -1,4 +1,4 @@
-"""What the processor is bad at, to be known before numpy is imported: it decides then, for good."""
+"""What suits numpy on this machine, to be said before it is imported: it decides then, for good."""
 
 from __future__ import annotations
 
@@ -8,17 +8,23 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
 
-VARIABLE: Final = "NPY_DISABLE_CPU_FEATURES"
+FEATURES: Final = "NPY_DISABLE_CPU_FEATURES"
+HUGE_PAGES: Final = "NUMPY_MADVISE_HUGEPAGE"
 _ZEN_3_AND_4: Final = "25"
 
 
-def avoid_slow_sorts(environ: MutableMapping[str, str], cpuinfo: str | None = None) -> None:
-    """Have numpy sort without AVX-512 on Zen 4, where that takes two to five times as long.
+def suit_numpy(environ: MutableMapping[str, str], cpuinfo: str | None = None) -> None:
+    """Set numpy's variables for a daemon; those that are set already stay.
 
-    Its sorts compress registers straight to memory, which that processor does in microcode. A
-    variable that is set already stays. *cpuinfo*: the text of /proc/cpuinfo, read when None.
+    No huge pages: the large arrays here live for milliseconds, and where the host takes free memory
+    back, a huge page costs as much as hundreds of small ones, which have just been used.
+
+    And no AVX-512 sorts on Zen 4, where they take two to five times as long: they compress
+    registers straight to memory, which that processor does in microcode. *cpuinfo*: the text of
+    /proc/cpuinfo, read when None.
     """
-    if VARIABLE in environ:
+    environ.setdefault(HUGE_PAGES, "0")
+    if FEATURES in environ:
         return
     if cpuinfo is None:
         cpuinfo = ""
@@ -29,7 +35,7 @@ def avoid_slow_sorts(environ: MutableMapping[str, str], cpuinfo: str | None = No
     if (fields.get("vendor_id"), fields.get("cpu family")) != ("AuthenticAMD", _ZEN_3_AND_4):
         return
     if "avx512f" in fields.get("flags", "").split():
-        environ[VARIABLE] = _names()
+        environ[FEATURES] = _names()
 
 
 def _split(line: str) -> tuple[str, str, str]:

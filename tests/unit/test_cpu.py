@@ -1,10 +1,10 @@
-"""numpy is told before it comes what the processor is bad at."""
+"""numpy is told before it comes what suits this machine."""
 
 from __future__ import annotations
 
 import pytest
 
-from ksmd.kernel.cpu import VARIABLE, avoid_slow_sorts
+from ksmd.kernel.cpu import FEATURES, HUGE_PAGES, suit_numpy
 
 ZEN_4 = """\
 processor\t: 0
@@ -19,8 +19,8 @@ processor\t: 1
 
 def test_wide_sorts_are_left_out_where_they_are_slow() -> None:
     environ: dict[str, str] = {}
-    avoid_slow_sorts(environ, ZEN_4)
-    assert "AVX512_ICL" in environ[VARIABLE].split()
+    suit_numpy(environ, ZEN_4)
+    assert "AVX512_ICL" in environ[FEATURES].split()
 
 
 @pytest.mark.parametrize(
@@ -33,19 +33,25 @@ def test_wide_sorts_are_left_out_where_they_are_slow() -> None:
         "",
     ],
 )
-def test_elsewhere_numpy_does_as_it_likes(cpuinfo: str) -> None:
+def test_elsewhere_numpy_sorts_as_it_likes(cpuinfo: str) -> None:
     environ: dict[str, str] = {}
-    avoid_slow_sorts(environ, cpuinfo)
-    assert not environ
+    suit_numpy(environ, cpuinfo)
+    assert FEATURES not in environ
 
 
 def test_what_the_operator_has_set_stays() -> None:
-    environ = {VARIABLE: ""}
-    avoid_slow_sorts(environ, ZEN_4)
-    assert environ == {VARIABLE: ""}
+    environ = {FEATURES: "", HUGE_PAGES: "1"}
+    suit_numpy(environ, ZEN_4)
+    assert environ == {FEATURES: "", HUGE_PAGES: "1"}
 
 
 def test_the_daemon_asks_the_processor_itself() -> None:
     environ: dict[str, str] = {}
-    avoid_slow_sorts(environ)
-    assert set(environ) <= {VARIABLE}
+    suit_numpy(environ)
+    assert set(environ) <= {FEATURES, HUGE_PAGES}
+
+
+def test_arrays_that_live_for_milliseconds_get_no_huge_pages() -> None:
+    environ: dict[str, str] = {}
+    suit_numpy(environ, "")
+    assert environ == {HUGE_PAGES: "0"}
