@@ -121,6 +121,7 @@ def _facts(status: Mapping[str, Any], available: int | None) -> list[tuple[str, 
             f"{count(status['pages_scanned'], 'page')},"
             f" {count(status['pages_skipped'])} skipped without reading",
         ),
+        ("Stops", _stops(status)),
         (
             "Own cost",
             f"{render.size(gross - status['general_profit'])} in all,"
@@ -129,6 +130,15 @@ def _facts(status: Mapping[str, Any], available: int | None) -> list[tuple[str, 
         ("Headroom", headroom),
         *_tuned(status),
     ]
+
+
+def _stops(status: Mapping[str, Any]) -> str:
+    if not status["stops"]:
+        return "none so far"
+    return (
+        f"{render.count(status['stops'])}, 99 of 100 no longer than {status['stop_ms_p99']:.1f} ms,"
+        f" the longest {status['stop_ms_max']:.1f} ms"
+    )
 
 
 def _tuned(status: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -114,7 +114,7 @@ def headroom(sharing: Sharing, zero_pages: int) -> int:
 
 
 class StopTimes:
-    """How long a target was stopped, in milliseconds: percentiles of the last 1,024 stops.
+    """How long targets were stopped, in milliseconds: percentiles of the last 1,024 stops.
 
     ``worst`` is the longest stop ever, since a deadline is a promise about every stop.
     """

@@ -52,6 +52,9 @@ def status(pipeline: Pipeline, paused: bool, pids: Iterable[int]) -> Status:
         full_scans=pipeline.ledger.full_scans,
         zero_pages=zero_pages,
         cow_breaks=pipeline.ledger.cow_breaks,
+        stops=pipeline.windows.stops.count,
+        stop_ms_p99=round(pipeline.windows.stops.p99, 3),
+        stop_ms_max=round(pipeline.windows.stops.worst, 3),
         general_profit=profit(
             sharing,
             zero_pages=zero_pages,

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from ksmd.core.ledger import StopTimes
 from ksmd.core.price import WindowPrice
 from ksmd.core.windows import Records, pages_of, spans, windows_of
 from ksmd.daemon.journal import fields
@@ -78,6 +79,7 @@ class Windows:
         self._targets = targets
         self._engine = engine
         self._pager = pager
+        self.stops = StopTimes()  # of all targets, those that are gone included
 
     def may_stop(self, target: Target, asked: Asked) -> bool:
         """Whether a stop window of *target* may be opened now."""
@@ -187,6 +189,7 @@ class Windows:
         else:
             target.accepted()
             target.stops.add(done.total_us / 1000)
+            self.stops.add(done.total_us / 1000)
             self._price(target, records).learn(records, done.total_us, done.at_work_us)
         return done
 

@@ -49,6 +49,7 @@ COUNTERS = (
     Told("pages_skipped", "pages_skipped", "Pages left alone by scans."),
     Told("full_scans", "full_scans", "Full scans completed."),
     Told("cow_breaks", "cow_breaks", "Shared pages that were written to and became private."),
+    Told("stops", "stops", "Stop windows of all processes."),
 )
 #: Per entry of the settings: sums over its processes.
 TARGET_SUMS = (
@@ -97,6 +98,11 @@ def metrics(status: Mapping[str, Any]) -> Iterator[Metric]:
         counter = CounterMetricFamily(PREFIX + told.metric, told.help)
         counter.add_metric((), float(status[told.field]))
         yield counter
+    for which, text in (
+        ("p99", "99 of 100 of the last stop windows took no longer."),
+        ("max", "The longest stop window."),
+    ):
+        yield _gauge(f"stop_seconds_{which}", text, status[f"stop_ms_{which}"] * _MILLISECOND)
     mode = GaugeMetricFamily(PREFIX + "run", "1 for what ksmd does (run:).", labels=["run"])
     for name in ("stop", "merge", "unmerge"):
         mode.add_metric([name], float(status["run"] == name))

@@ -39,6 +39,9 @@ class Status:
     full_scans: int = 0
     zero_pages: int = 0
     cow_breaks: int = 0
+    stops: int = 0
+    stop_ms_p99: float = 0.0
+    stop_ms_max: float = 0.0
     general_profit: int = 0
     metadata_bytes: int = 0
     headroom_bytes: int = 0

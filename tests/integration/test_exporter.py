@@ -25,6 +25,7 @@ from ksmd.model.status import Status, TargetStatus
 KSMD = Path(sysconfig.get_path("scripts")) / "ksmd"
 STATUS = Status(
     run="merge", paused=True, pages_sharing=7, general_profit=-4096, cow_breaks=3,
+    stops=12, stop_ms_p99=2.0, stop_ms_max=4.0,
     refusals={"stack": 5},
     targets=[
         TargetStatus(1, "web", "front", merging_pages=2, stop_ms_max=1.5),
@@ -96,6 +97,9 @@ def test_the_counters_are_served_as_metrics(control: Path) -> None:
     assert found["ksmd_user_pages_sharing"] == 7
     assert found["ksmd_user_general_profit_bytes"] == -4096
     assert found["ksmd_user_cow_breaks_total"] == 3
+    assert found["ksmd_user_stops_total"] == 12
+    assert found["ksmd_user_stop_seconds_p99"] == 0.002
+    assert found["ksmd_user_stop_seconds_max"] == 0.004
     assert found["ksmd_user_paused"] == 1
     assert found['ksmd_user_run{run="merge"}'] == 1
     assert found['ksmd_user_run{run="stop"}'] == 0

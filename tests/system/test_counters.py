@@ -58,6 +58,10 @@ def test_every_page_is_counted_once_and_under_its_right_name(victims, counted, l
     for victim, line in zip(trio, status["targets"], strict=True):
         assert (line["merging_pages"], line["zero_pages"]) == (victim.equal, victim.zero)
         assert line["refused"] == ""
+    assert status["stops"] == sum(line["stops"] for line in status["targets"])
+    assert bool(status["stops"]) == bool(equal + zero)
+    longest = max(line["stop_ms_max"] for line in status["targets"])
+    assert status["stop_ms_p99"] <= status["stop_ms_max"] == longest
     assert daemon.scan()["merged"] == 0
     assert counters(daemon) == (distinct, equal - distinct, unique, zero, 0)
 

@@ -215,6 +215,12 @@ def test_status_warns_when_the_host_could_not_hold_everything_unshared():
     assert "Take care" not in shown(status.show, golden(headroom_bytes=9 << 30), 10 << 30)
 
 
+def test_status_says_how_often_and_how_long_anybody_was_stopped():
+    text = shown(status.show, golden(stops=1234, stop_ms_p99=3.21, stop_ms_max=7.89), None)
+    assert "1,234, 99 of 100 no longer than 3.2 ms, the longest 7.9 ms" in text
+    assert "none so far" in shown(status.show, golden(), None)
+
+
 def test_status_says_how_to_undo():
     assert "ksmctl unmerge" in shown(status.show, golden(), None)
     assert "ksmctl pause" in shown(status.show, golden(), None)
