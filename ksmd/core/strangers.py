@@ -30,10 +30,14 @@ class Strangers:
         """Note that no two pages with any of *checksums* were equal at *now*, in seconds."""
         self._until.update(dict.fromkeys(checksums.tolist(), now + LASTS))
 
+    def current(self, now: float) -> frozenset[int]:
+        """Give those that are left alone at *now*; forget the others."""
+        self._until = {one: until for one, until in self._until.items() if until > now}
+        return frozenset(self._until)
+
     def without(self, members: Members, now: float) -> Members:
         """Keep the pages that may have an equal."""
-        self._until = {one: until for one, until in self._until.items() if until > now}
-        if not self._until:
+        if not self.current(now):
             return members
         keep = ~among(members.checksums, np.fromiter(self._until, np.uint32, len(self._until)))
         return Members(members.slots[keep], members.pages[keep], members.checksums[keep])

@@ -75,6 +75,7 @@ class PageTables:
         self.rmap_size = rmap_size
         self.page_hash_size = page_hash_size
         self.skipped = 0  # how often a page found no room, since the start
+        self.version = 0  # another one where anything has changed
         self._rows = 0
         self._blocks = Blocks(rmap_size // _ROWS_PER_BLOCK + _BLOCKS_AT_LEAST)
         self._maps: dict[int, BlockMap] = {}
@@ -148,9 +149,7 @@ class PageTables:
         low, high = np.searchsorted(table.keys, keys)
         blocks = table.blocks[low:high]
         if still_since is not None:
-            untouched = self._blocks.untouched(blocks, now, still_since)
-            found = table.keys[low:high][untouched]
-            self._blocks.rest(blocks[untouched], found, np.ones(found.size, np.bool_), now)
+            self._take_for_looked_at(table.keys[low:high], blocks, now, still_since)
         resting = np.flatnonzero(self._blocks.due[blocks] > now)
         found = table.keys[low:high][resting]
         cuts = np.flatnonzero(np.diff(found) != 1) + 1
@@ -168,6 +167,21 @@ class PageTables:
         if at < end_page:
             ranges.append((at, end_page))
         return ranges, spared
+
+    def keep(self, slot: int, seqnr: int, now: int, still_since: int) -> int:
+        """Take all of a target for looked at in scan ``seqnr``; return how many pages are stable.
+
+        It has stood still from the second ``still_since``, see :meth:`awake`.
+        """
+        table = self._enter(slot, seqnr)
+        self._take_for_looked_at(table.keys, table.blocks, now, still_since)
+        self._blocks.seen[table.blocks] = _ALL
+        return int(np.bitwise_count(self._blocks.stable[table.blocks]).sum())
+
+    def _take_for_looked_at(self, keys: U64, blocks: U32, now: int, still_since: int) -> None:
+        untouched = self._blocks.untouched(blocks, now, still_since)
+        found = keys[untouched]
+        self._blocks.rest(blocks[untouched], found, np.ones(found.size, np.bool_), now)
 
     def wake(self, slot: int, pages: U64) -> None:
         """Have the next scan look at *pages* of a target, in any order: they have changed."""
@@ -266,6 +280,7 @@ class PageTables:
         hit = np.flatnonzero(gone)
         if not hit.size:
             return 0
+        self.version += 1
         gone, positions = gone[hit], positions[hit]
         blocks = table.blocks[positions]
         before = self._rows
@@ -310,6 +325,7 @@ class PageTables:
         joins = _first(ripe, self.page_hash_size - len(self._hash))
         self._hash.add(words_of(checksums[joins], rows[joins].astype(np.uint32)))
         self._blocks.flat()[rows[fits | changed]] = checksums[fits | changed]
+        self.version += bool(fits.any() or changed.any() or joins.any())
         held = blocks[there]
         self._blocks.stable[held] &= ~cut.bits(leaves)[there]
         self._blocks.stable[held] |= cut.bits(joins)[there]

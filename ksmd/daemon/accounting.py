@@ -17,22 +17,28 @@ from numpy.typing import NDArray
 from ksmd.core.ledger import Ledger, Sharing, count_sharing
 from ksmd.core.sets import among, distinct
 from ksmd.core.spans import NEAR_PAGES, Spans
-from ksmd.daemon.state import Merged, Target
-from ksmd.daemon.targets import Targets
+from ksmd.daemon.state import Domain, Merged, Target
+from ksmd.daemon.targets import Targets, has_stood_still
 from ksmd.guard.client import Pager
 from ksmd.kernel import procfs
 from ksmd.kernel.pagemap import PageMap
 from ksmd.model.errors import TargetGoneError
 from ksmd.model.tables import SITES
 from ksmd.model.units import PAGE_SHIFT
+from ksmd.remap.store import Extent
 
 log = logging.getLogger(__name__)
 
 #: A CoW storm: this many merged pages, and one in so many, were written between two counts.
 _STORM_PAGES = 256
 _STORM_SHARE = 4
-#: Seconds for which a target that was the same twice is not counted again: at first, and at most.
-_SHORT_REST, _LONG_REST = 1.0, 8.0
+#: Seconds for which a target that was the same twice is not counted again: at first, and at most;
+#: and one that has not run since.
+_SHORT_REST, _LONG_REST, _STILL_REST = 1.0, 8.0, 600.0
+#: Seconds after which extents that had to be kept may bring all those that rest to be counted.
+_RELEASE_SECS = 10.0
+#: To count all takes no more than one part in so many of a core, or a minute lies between.
+_COST_SHARE, _COST_REST = 300, 60.0
 
 
 class Accounting:
@@ -45,6 +51,7 @@ class Accounting:
         self.sharing: Sharing = count_sharing({})
         #: Whether extents without a user had to be kept, and another count should try again.
         self.owes_memory = False
+        self._release_at = 0.0  # monotonic seconds: before that it need not be tried again
 
     def recount(
         self, targets: Iterable[Target] | None = None, *, resting: bool = False
@@ -52,32 +59,63 @@ class Accounting:
         """Look at every target, yielding after each; or at *targets*, where only they can differ.
 
         What the others hold is taken from the last time then. *resting*: so is what of late was the
-        same each time, for some seconds, unless maps has changed or a window was opened.
+        same each time, for some seconds, unless maps has changed or a window was opened; and what
+        takes long to count.
         """
         quiet, begun = not self._targets.plans_under_way, self._targets.plans_begun
-        rested = False
+        rested: list[Target] = []
+        counted = targets is not None
         for target in self._targets if targets is None else targets:
-            if target.slot not in self._targets.by_slot:
-                continue
-            if resting and time.monotonic() < target.recount_at:
-                rested = True
-                continue
-            try:
-                self._targets.recall_mappings(target)
-                self._recount(target)
-            except TargetGoneError:
-                self._targets.drop(target)
-            yield
-        self.sharing = count_sharing({t.slot: t.sites for t in self._targets})
+            if resting and self._rests(target):
+                rested.append(target)
+            else:
+                counted = True
+                yield from self._recount(target)
+        if rested and time.monotonic() > self._release_at and any(e for _, e in self._unused()):
+            for target in rested:  # nothing is released unless all were counted
+                yield from self._recount(target)
+            rested, counted = [], True
+        if counted or self.sharing.per_slot.keys() - self._targets.by_slot.keys():
+            self.sharing = count_sharing({t.slot: t.sites for t in self._targets})
         if targets is None and not rested and quiet and begun == self._targets.plans_begun:
             self._release_unused()
 
-    def _recount(self, target: Target) -> None:
+    def _rests(self, target: Target) -> bool:
+        """Whether a target need not be counted now."""
+        now = time.monotonic()
+        if now < target.recount_at:
+            return True
+        fresh = target.recount_at and now < target.counted_at + _STILL_REST
+        if not fresh or not has_stood_still(target, target.count_spent):
+            return False
+        target.recount_at = now + self._rest(target)  # that is as good as a count
+        return True
+
+    def _rest(self, target: Target) -> float:
+        """Give the seconds from one count of a target to the next."""
+        cost = _COST_SHARE * sum(one.count_secs for one in self._targets)
+        return max(target.rest_secs, min(cost, _COST_REST))
+
+    def _recount(self, target: Target) -> Iterator[None]:
+        if target.slot not in self._targets.by_slot:
+            return
+        try:
+            self._look(target)
+        except TargetGoneError:
+            self._targets.drop(target)
+        yield
+
+    def _look(self, target: Target) -> None:
         before = target.merged_pages, target.broken, target.zero_pages
+        target.count_spent = procfs.spent(target.pid)
+        began = time.thread_time()
+        self._targets.recall_mappings(target)
         self._count(target)
+        target.count_secs = time.thread_time() - began
         same = before == (target.merged_pages, target.broken, target.zero_pages)
         target.rest_secs = min(target.rest_secs * 2 or _SHORT_REST, _LONG_REST) if same else 0.0
-        target.recount_at = time.monotonic() + target.rest_secs
+        target.counted_at = time.monotonic()
+        target.recount_at = target.counted_at + self._rest(target)
 
     def _count(self, target: Target) -> None:
         target.sites, broken = _sites(target.pagemap, target.mappings)
@@ -104,6 +142,12 @@ class Accounting:
         target.zeros = target.zeros[~among(target.zeros, np.concatenate(written))]
         return int(np.count_nonzero(target.ground.spans.find(target.zeros)[1]))
 
+    def _unused(self) -> Iterator[tuple[Domain, list[Extent]]]:
+        """Give the extents of each domain that no target maps, as far as is known."""
+        used = {e.map.inode for target in self._targets for e in target.mappings.extents}
+        for domain in self._targets.domains.values():
+            yield domain, [e for e in domain.store.extents.values() if e.map.inode not in used]
+
     def _release_unused(self) -> None:
         """An extent goes when no target maps it; children that fork made may map any of them.
 
@@ -111,13 +155,11 @@ class Accounting:
         must have been read since the last plan was carried out.
         """
         self.owes_memory = False
-        used = {e.map.inode for target in self._targets for e in target.mappings.extents}
-        for domain in self._targets.domains.values():
-            unused = [e for e in domain.store.extents.values() if e.map.inode not in used]
+        for domain, unused in self._unused():
             if not unused:
                 continue
             if self._pager.unsettled or self._pager.living_children():
-                self.owes_memory = True
+                self.owes_memory, self._release_at = True, time.monotonic() + _RELEASE_SECS
                 continue
             for extent in unused:
                 domain.sha1_cache.forget_extent(extent.number)

@@ -65,30 +65,39 @@ class Merger:
     def plan(self, domain: Domain, asked: Asked, scope: Scope | None = None) -> Plan:
         """Plan one domain, or what *scope* covers of it.
 
-        Nothing is changed; the plan's extents have numbers but no memory.
+        Nothing is changed; the plan's extents have numbers but no memory. A plan that nobody asked
+        for, and that found nothing to do, is not made again while all that it rests on is the same.
         """
         if not domain.tables.stable:
             return Plan()
+        ready = {t.slot for t in self._of(domain) if self._windows.may_stop(t, asked)}
+        room = {target.slot: self._vma_room(target) for target in self._of(domain)}
+        grounds = (
+            domain.tables.version, domain.store.known(), frozenset(ready), tuple(room.items()),
+            domain.strangers.current(time.monotonic()),
+        )  # fmt: skip
+        if not asked and scope is None and domain.idle and domain.idle[0] == grounds:
+            return domain.idle[1]
         checksums, pages = domain.store.pages()
         zero = domain.zero
         members = domain.tables.duplicates(checksums, zero)
-        ready = {
-            target.slot for target in self._of(domain) if self._windows.may_stop(target, asked)
-        }
         members = focus(members, ready, 0 if asked else self._settings.window.max_pages)
         if not asked:
             members = domain.strangers.without(members, time.monotonic())
         if scope is not None:
             members = within(members, scope, checksums, zero)
-        return make_plan(
+        plan = make_plan(
             members,
             store_checksums=checksums,
             store_pages=pages,
             zero_checksum=zero,
-            vma_room={target.slot: self._vma_room(target) for target in self._of(domain)},
+            vma_room=room,
             next_extent=self._next_extent,
             limits=PlanLimits(scattered_pages=_scattered_pages()),
         )
+        if not (asked or scope or len(plan.merges) or len(plan.zeros)):
+            domain.idle = grounds, plan
+        return plan
 
     def _of(self, domain: Domain) -> list[Target]:
         return [t for t in self._targets if t.selected.domain == domain.name]

@@ -25,15 +25,22 @@ from ksmd.model.tables import Seen
 from ksmd.model.units import PAGE_SHIFT
 
 _PIECE_BYTES = 1 << 30
+#: Seconds for which a target that has settled and stands still is not scanned: others may write
+#: to its memory, or end and leave pages to it that fork had shared.
+_SETTLED_SECS = 600.0
 #: Pages that enter the tables at once: fewer, and the tables' fixed costs show.
 _STEP_PAGES = 1 << 14
 
 
 @dataclass(slots=True)
 class ScanResult:
-    """One full scan, in pages; ``new``: seen for the first time, and no candidates for that yet."""
+    """One full scan, in pages; ``new``: seen for the first time, and no candidates for that yet.
+
+    ``first``: seen for the first time, candidates or not.
+    """
 
     scanned: int = 0
+    first: int = 0
     new: int = 0
     volatile: int = 0
     resting: int = 0  # left out, because nothing had changed there for a while
@@ -48,6 +55,7 @@ class Scanner:
         self._targets = targets
         self._reader = Reader()
         self._seqnr = 0
+        self._budget = 0  # pages to scan before the next pause
         self._began = time.monotonic()
 
     @property
@@ -78,27 +86,46 @@ class Scanner:
         """
         self._seqnr += 1  # a scan that was given up has used a number too
         seqnr = self._seqnr
-        budget = pages_to_scan
+        self._budget = pages_to_scan
         for domain in self._targets.domains.values():
             if domain.sieve.begin():
                 domain.tables.clear()
-        for slot, areas in [(target.slot, target.ground.spans) for target in self._targets]:
-            spent = self._see_whether_it_ran(slot)
-            for at, end in self._ranges(slot, areas, seqnr, result, eager):
-                while at < end and (target := self._targets.by_slot.get(slot)) is not None:
-                    before = result.scanned
-                    at = self._step(  # noqa: PLW2901
-                        target, areas, (at, end), budget, seqnr, result, eager
-                    )
-                    budget -= result.scanned - before
-                    if budget <= 0:
-                        yield pages_to_scan - budget
-                        budget = pages_to_scan
-            if (target := self._targets.by_slot.get(slot)) is not None:
-                target.spent = spent  # of which all was looked at
+                for one in self._targets:
+                    one.settled = None
+        for slot in [target.slot for target in self._targets]:
+            for _ in self._scan_target(slot, seqnr, result, eager):
+                if self._budget <= 0:
+                    yield pages_to_scan - self._budget
+                    self._budget = pages_to_scan
         for target in self._targets:
             self._targets.tables(target).finish(target.slot, seqnr)
-        yield pages_to_scan - budget
+        yield pages_to_scan - self._budget
+
+    def _scan_target(
+        self, slot: int, seqnr: int, result: ScanResult, eager: bool
+    ) -> Iterator[None]:
+        """Scan one target, if it has not gone, within what is left of the budget at each step."""
+        target = self._targets.by_slot.get(slot)
+        if target is None:
+            return
+        ground, began, before = target.ground, time.monotonic(), _unsettled(result)
+        spent = self._see_whether_it_ran(target)
+        still_since = target.still_since if spent and spent == target.spent else None
+        if not eager and still_since is not None and self._has_settled(target):
+            tables = self._targets.tables(target)
+            result.resting += tables.keep(slot, seqnr, self.now(), still_since)
+            return
+        for at, end in self._ranges(slot, ground.spans, seqnr, result, eager):
+            while at < end and (target := self._targets.by_slot.get(slot)) is not None:
+                scanned = result.scanned
+                at = self._step(  # noqa: PLW2901
+                    target, ground.spans, (at, end), self._budget, seqnr, result, eager
+                )
+                self._budget -= result.scanned - scanned
+                yield
+        if (target := self._targets.by_slot.get(slot)) is not None:
+            target.spent = spent  # of which all was looked at
+            target.settled = (ground, began) if _unsettled(result) == before else None
 
     def _ranges(
         self, slot: int, areas: Spans, seqnr: int, result: ScanResult, eager: bool
@@ -114,19 +141,27 @@ class Scanner:
             result.resting += resting
             yield from ranges
 
-    def _see_whether_it_ran(self, slot: int) -> tuple[int, ...]:
+    def _see_whether_it_ran(self, target: Target) -> tuple[int, ...]:
         """Note whether a target has run since it was scanned; give what it has spent so far.
 
         Memory of one that has not is what it was: processes that are idle cost next to nothing.
         """
-        target = self._targets.by_slot.get(slot)
         try:
-            spent = procfs.spent(target.pid) if target is not None else ()
+            spent = procfs.spent(target.pid)
         except KsmdError:
             return ()
-        if target is not None and (not spent or spent != target.spent):
+        if not spent or spent != target.spent:
             target.still_since = self.now() + 1  # in this second it may have run after a look
         return spent
+
+    @staticmethod
+    def _has_settled(target: Target) -> bool:
+        """Whether all of a target was stable when it was scanned last, and we changed nothing."""
+        if target.settled is None:
+            return False
+        ground, began = target.settled
+        recent = target.last_window < began and time.monotonic() < began + _SETTLED_SECS
+        return recent and ground is target.ground
 
     def now(self) -> int:
         """Give seconds since the scanner was made."""
@@ -173,9 +208,16 @@ class Scanner:
         )
         counts = np.bincount(seen, minlength=len(Seen))
         result.scanned += len(found)
+        result.first += int(counts[Seen.NEW])
         result.new += 0 if eager else int(counts[Seen.NEW])
         result.volatile += int(counts[Seen.VOLATILE])
         result.refused[Reason.TABLE_FULL] += int(counts[Seen.TABLE_FULL])
         if not out_of_turn:
             domain.sieve.skip(int(counts[Seen.TABLE_FULL]))
         return walk_end
+
+
+def _unsettled(result: ScanResult) -> tuple[int, ...]:
+    """Count what a scan has to see again, or others may have to."""
+    left = result.refused[Reason.FORK_SHARED], result.refused[Reason.TABLE_FULL]
+    return result.first, result.volatile, result.gone, *left

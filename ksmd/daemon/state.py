@@ -25,6 +25,7 @@ from ksmd.core.windows import Ground
 from ksmd.kernel.iouring import PinRing
 from ksmd.kernel.memory import Memory
 from ksmd.kernel.pagemap import PageMap
+from ksmd.model.plan import Plan
 from ksmd.model.process import TargetId
 from ksmd.model.refusal import Reason
 from ksmd.model.tables import SITES
@@ -135,17 +136,24 @@ class Target:
     emptied: list[NDArray[np.uint64]] = field(default_factory=list)
     zero_pages: int = 0
     recount_at: float = 0.0  # monotonic seconds; 0: something has changed
-    rest_secs: float = 0.0
-    anonymous: int = 0  # pages that are no file's, at the last count
+    counted_at: float = -math.inf
+    rest_secs: float = 0.0  # from one count to the next, for as long as it was the same
+    count_secs: float = 0.0  # what the last count took
+    anonymous: int = 0  # pages that are no file's, when it was last looked at
     vmas: int = 0
     flagged: Vmas = field(default_factory=lambda: Vmas.of(()))  # all, as they were with VmFlags
     known_areas: int = 0  # what maps was when the areas were read last
     known_mappings: int = 0  # and when what is merged was
     flags_read: float = -math.inf  # monotonic seconds
+    reread_at: float = -math.inf  # and then it is time for that, whether it has run or not
     maps_read: float = -math.inf  # likewise; what was mapped then, in pages
     mapped: tuple[int, int, int] = (0, 0, 0)
-    spent: tuple[int, ...] = ()  # processor time of its threads, when it was scanned last
-    still_since: int | None = None  # scanner's seconds: from then on it was the same
+    #: What it had spent (procfs.spent) when it was scanned, its flags were read, it was counted.
+    spent: tuple[int, ...] = ()
+    flags_spent: tuple[int, ...] = ()
+    count_spent: tuple[int, ...] = ()
+    still_since: int | None = None  # scanner's seconds: from then on the first was the same
+    settled: tuple[Ground, float] | None = None  # all of that was scanned then, and had settled
     huge: bool = False  # it had huge pages, when that was looked at last
     handles_faults: bool = False  # by a userfaultfd of its own, when its maps were read last
     mappings: Merged = field(default_factory=lambda: Merged(Vmas.of(()), {}))
@@ -218,6 +226,7 @@ class Domain:
         self.sieve = Sieve(min(sizes.rmap_hash_size, sizes.page_hash_size))
         self.zero = zero_sum(self.seed)  # checksum of a page of zeros
         self.strangers = Strangers()
+        self.idle: tuple[tuple[object, ...], Plan] | None = None  # see Merger.plan
         self.digest = HeadDigest(secrets.token_bytes(32))
         self.sha1_cache = Sha1Cache(sizes.sha1_hash_size)
         self.store = Store(name, self._sums, ring, keeper)

@@ -122,17 +122,24 @@ class Targets:
         for target in self:
             if not (if_changed and self._unmoved(target)):
                 self.read_areas(target, max_age=_flags_last(target) if if_changed else 0.0)
+            target.anonymous = procfs.anonymous_pages(target.pid)
             yield
 
     def _unmoved(self, target: Target) -> bool:
         """Whether maps may be taken to be as it was some seconds ago, to scan by.
 
-        That is while the target has mapped as much as it had, and we have changed nothing there.
+        That is while the target has mapped as much as it had, and we have changed nothing there;
+        and for longer while it has not run at all.
         Maps of tens of thousands of mappings take longer than all else a pass does when idle.
         """
         now = time.monotonic()
-        aged = now - target.maps_read > _MAPS_SECS or now - target.flags_read > _flags_last(target)
-        if aged or target.last_window >= target.maps_read:
+        if target.last_window >= target.maps_read:
+            return False
+        if now < target.reread_at and has_stood_still(target, target.flags_spent):
+            target.maps_read = target.flags_read = now  # that is as good
+            target.memory.may_pin &= target.slot not in self._pager.unsettled
+            return True
+        if now - target.maps_read > _MAPS_SECS or now - target.flags_read > _flags_last(target):
             return False
         with contextlib.suppress(TargetGoneError):
             target.memory.may_pin &= not self._may_wait(target)
@@ -219,6 +226,7 @@ class Targets:
             return
         if selected.domain != target.selected.domain:
             self.tables(target).forget(target.slot)
+            target.settled = None
             self._domain(selected.domain)
         if (selected.regions, selected.also) != (target.selected.regions, target.selected.also):
             target.flags_read = -math.inf
@@ -351,7 +359,8 @@ class Targets:
                     ours=lambda kind: is_ours(kind, extents),
                 )
             if vmas is None:
-                target.flags_read = now
+                target.flags_read, target.flags_spent = now, procfs.spent(target.pid)
+                target.reread_at = now + _REREAD_MOST
                 vmas = maps.smaps(target.pid)
         except TargetGoneError:
             self.drop(target)
@@ -388,6 +397,13 @@ class Targets:
             if target.refused is not None:
                 counts[target.refused] += 1
         return counts
+
+
+def has_stood_still(target: Target, spent: tuple[int, ...]) -> bool:
+    """Whether *target* has not run since it had *spent* so much; () is never."""
+    with contextlib.suppress(TargetGoneError):
+        return bool(spent) and procfs.spent(target.pid) == spent
+    return False
 
 
 def _flags_last(target: Target) -> float:

@@ -213,10 +213,14 @@ class Store:
 
         Made anew where extents have come, gone, or been judged since.
         """
-        known = tuple((n, int(np.count_nonzero(e.good))) for n, e in self.extents.items())
+        known = self.known()
         if self._pages is None or self._pages[0] != known:
             self._pages = known, *self._sorted_pages()
         return self._pages[1:]
+
+    def known(self) -> tuple[tuple[int, int], ...]:
+        """Give the extents and how many pages of each may be shared further: less than all."""
+        return tuple((n, int(np.count_nonzero(e.good))) for n, e in self.extents.items())
 
     def _sorted_pages(self) -> tuple[NDArray[np.uint32], NDArray[np.uint64]]:
         sums = [extent.checksums[extent.good] for extent in self.extents.values()]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from kernel_victims import Victim
 
-from ksmd.core import checksum, strangers
+from ksmd.core import checksum, strangers, tables
 from ksmd.daemon.pipeline import Pipeline
 from ksmd.daemon.scanner import ScanResult
 from ksmd.daemon.state import Target
@@ -262,3 +262,82 @@ def test_what_is_merged_is_known_anew_when_maps_is_as_it_was_once_before(
         assert one.ask(protect % 3) == 0
         targets.recall_mappings(here)
         assert list(here.mappings.vmas) == before
+
+
+def own_pass(pipeline: Pipeline) -> None:
+    """Do what the daemon does by itself, but for the windows."""
+    list(pipeline.targets.refreshing(if_changed=True))
+    list(pipeline.scanner.full_scan(1 << 20, ScanResult()))
+    merge(pipeline, asked=False)
+    list(pipeline.accounting.recount(resting=True))
+
+
+def test_while_nobody_runs_nothing_is_looked_at(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither maps nor memory, nor what is merged, nor is anything planned; a write ends that."""
+
+    def later() -> None:
+        """Pass as much time as makes the next pass look again at who has run."""
+        for target in pipeline.targets:
+            target.recount_at = target.counted_at = time.monotonic() - 100
+            target.maps_read -= 100
+            target.flags_read -= 100
+            target.last_window -= 1000
+
+    calls: list[str] = []
+    with Victim(SCRIPT) as one, Victim(SCRIPT) as other:
+        select(pipeline, one, other)
+        for _ in pipeline.scanner.full_scan(1 << 20, ScanResult(), eager=True):
+            pass
+        assert merge(pipeline).merged == 2 * NPAGES
+        later()
+        for _ in range(3):
+            own_pass(pipeline)
+        for owner, name in [
+            (pipeline.targets, "read_areas"), (pipeline.scanner, "_step"),
+            (pipeline.accounting, "_count"), (tables.PageTables, "duplicates"),
+        ]:  # fmt: skip
+            whole = getattr(owner, name)
+
+            def noting(*given, name=name, whole=whole, **more):
+                calls.append(name)
+                return whole(*given, **more)
+
+            monkeypatch.setattr(owner, name, noting)
+        later()
+        own_pass(pipeline)
+        assert not calls
+        one.ask(f"poke({one.ready}, 5)")
+        later()
+        own_pass(pipeline)
+        assert {"read_areas", "_count"} <= set(calls)
+        assert [target.broken for target in pipeline.targets] == [1, 0]
+
+
+def test_an_extent_whose_users_have_gone_is_released_though_the_others_rest(
+    pipeline: Pipeline,
+) -> None:
+    with (
+        Victim(SCRIPT) as one,
+        Victim(SCRIPT) as other,
+        Victim(OTHER) as third,
+        Victim(OTHER) as fourth,
+    ):
+        for chosen in ((one, other), (one, other, third, fourth)):
+            select(pipeline, *chosen)
+            for _ in pipeline.scanner.full_scan(1 << 20, ScanResult(), eager=True):
+                pass
+            assert merge(pipeline).merged == 2 * NPAGES
+        for _ in range(3):
+            own_pass(pipeline)
+        (domain,) = pipeline.targets.domains.values()
+        assert len(domain.store.extents) == 2
+        assert all(time.monotonic() < target.recount_at for target in pipeline.targets)
+        one.kill()
+        own_pass(pipeline)
+        assert len(domain.store.extents) == 2, "somebody has it yet"
+        other.kill()
+        own_pass(pipeline)
+        assert len(domain.store.extents) == 1
+        assert {target.merged_pages for target in pipeline.targets} == {NPAGES}

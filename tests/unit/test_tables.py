@@ -119,6 +119,41 @@ def test_finish_forgets_what_the_scan_did_not_observe():
     assert tables.finish(77, 4) == 0
 
 
+def test_a_target_that_is_kept_is_as_if_it_had_been_observed():
+    tables = PageTables(1000, 1000)
+    for seqnr in (1, 2):
+        observe(tables, [1, 2, 100], [4, 4, 4], seqnr)
+        observe(tables, [5], [9], seqnr, slot=2)
+    assert tables.keep(1, 3, now=10, still_since=5) == 3
+    assert (tables.finish(1, 3), tables.finish(2, 3)) == (0, 1)
+    assert members(tables) == [(1, 1, 4), (1, 2, 4), (1, 100, 4)]
+    assert tables.keep(77, 3, now=10, still_since=5) == 0
+
+
+def test_what_changes_in_the_tables_changes_their_version():
+    tables = PageTables(1000, 1000)
+    versions = [tables.version]
+
+    def changed() -> bool:
+        versions.append(tables.version)
+        return versions[-1] != versions[-2]
+
+    for seqnr, expected in [(1, True), (2, True), (3, False), (4, False)]:
+        observe(tables, [1, 2], [4, 5], seqnr)
+        tables.finish(1, seqnr)
+        assert changed() is expected, seqnr
+    observe(tables, [1, 2], [4, 6], 5)
+    assert changed()
+    tables.keep(1, 6, now=1, still_since=0)
+    assert not changed()
+    tables.forget_pages(1, np.array([9], np.uint64))
+    assert not changed()
+    tables.forget_pages(1, np.array([2], np.uint64))
+    assert changed()
+    tables.forget(1)
+    assert changed()
+
+
 def test_forgetting_a_target_leaves_the_others():
     tables = PageTables(1000, 1000)
     for seqnr in (1, 2):
