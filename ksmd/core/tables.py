@@ -168,15 +168,25 @@ class PageTables:
             ranges.append((at, end_page))
         return ranges, spared
 
-    def keep(self, slot: int, seqnr: int, now: int, still_since: int) -> int:
-        """Take all of a target for looked at in scan ``seqnr``; return how many pages are stable.
+    def known(
+        self, slot: int, seqnr: int, now: int, still_since: int
+    ) -> tuple[list[tuple[int, int]], int]:
+        """Do as :meth:`awake` for all that is known of a target that has not run, and for no more.
 
-        It has stood still from the second ``still_since``, see :meth:`awake`.
+        Where no page was, there is none.
         """
         table = self._enter(slot, seqnr)
         self._take_for_looked_at(table.keys, table.blocks, now, still_since)
-        self._blocks.seen[table.blocks] = _ALL
-        return int(np.bitwise_count(self._blocks.stable[table.blocks]).sum())
+        resting = self._blocks.due[table.blocks] > now
+        at_rest = table.blocks[resting]
+        self._blocks.seen[at_rest] = _ALL
+        spared = int(np.bitwise_count(self._blocks.stable[at_rest]).sum())
+        keys = table.keys[~resting]
+        starts = np.flatnonzero(np.diff(keys, prepend=keys[:1] - np.uint64(2)) != 1)
+        first, last = keys[starts], keys[np.append(starts[1:], keys.size)[: starts.size] - 1]
+        ends = (last + np.uint64(1)) << np.uint64(BLOCK_SHIFT)
+        pairs = zip((first << np.uint64(BLOCK_SHIFT)).tolist(), ends.tolist(), strict=True)
+        return list(pairs), spared
 
     def _take_for_looked_at(self, keys: U64, blocks: U32, now: int, still_since: int) -> None:
         untouched = self._blocks.untouched(blocks, now, still_since)

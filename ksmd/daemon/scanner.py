@@ -110,12 +110,10 @@ class Scanner:
             return
         ground, began, before = target.ground, time.monotonic(), _unsettled(result)
         spent = self._see_whether_it_ran(target)
-        still_since = target.still_since if spent and spent == target.spent else None
-        if not eager and still_since is not None and self._has_settled(target):
-            tables = self._targets.tables(target)
-            result.resting += tables.keep(slot, seqnr, self.now(), still_since)
-            return
-        for at, end in self._ranges(slot, ground.spans, seqnr, result, eager):
+        settled = self._has_settled(target) and bool(spent) and spent == target.spent
+        if settled and target.settled is not None:
+            began = target.settled[1]  # all of it was scanned then, and not now
+        for at, end in self._ranges(slot, ground.spans, seqnr, result, eager, settled):
             while at < end and (target := self._targets.by_slot.get(slot)) is not None:
                 scanned = result.scanned
                 at = self._step(  # noqa: PLW2901
@@ -128,9 +126,25 @@ class Scanner:
             target.settled = (ground, began) if _unsettled(result) == before else None
 
     def _ranges(
-        self, slot: int, areas: Spans, seqnr: int, result: ScanResult, eager: bool
+        self,
+        slot: int,
+        areas: Spans,
+        seqnr: int,
+        result: ScanResult,
+        eager: bool,
+        settled: bool,
     ) -> Iterator[tuple[int, int]]:
-        """Give the page ranges to look at: near areas as one, without what rests."""
+        """Give the page ranges to look at: near areas as one, without what rests.
+
+        *settled*: the target has not run, and all that it had was stable.
+        """
+        target = self._targets.by_slot.get(slot)
+        if settled and not eager and target is not None and target.still_since is not None:
+            tables = self._targets.tables(target)
+            ranges, resting = tables.known(slot, seqnr, self.now(), target.still_since)
+            result.resting += resting
+            yield from ranges
+            return
         for at, end in areas.groups():
             target = self._targets.by_slot.get(slot)
             if eager or target is None:

@@ -119,15 +119,20 @@ def test_finish_forgets_what_the_scan_did_not_observe():
     assert tables.finish(77, 4) == 0
 
 
-def test_a_target_that_is_kept_is_as_if_it_had_been_observed():
+def test_of_a_target_that_stands_still_only_what_is_known_and_due_is_to_be_looked_at():
     tables = PageTables(1000, 1000)
     for seqnr in (1, 2):
-        observe(tables, [1, 2, 100], [4, 4, 4], seqnr)
+        observe(tables, [1, 2, 100, 130, 640], [4, 4, 4, 4, 4], seqnr)
         observe(tables, [5], [9], seqnr, slot=2)
-    assert tables.keep(1, 3, now=10, still_since=5) == 3
+    # looked at in second 0, and for all that is known it ran in the same
+    assert tables.known(1, 3, now=1, still_since=1) == ([], 5), "it rests for a second"
     assert (tables.finish(1, 3), tables.finish(2, 3)) == (0, 1)
-    assert members(tables) == [(1, 1, 4), (1, 2, 4), (1, 100, 4)]
-    assert tables.keep(77, 3, now=10, still_since=5) == 0
+    assert tables.known(1, 4, now=10, still_since=1) == ([(0, 192), (640, 704)], 0)
+    assert tables.finish(1, 4) == 5, "and nobody has looked"
+    for seqnr in (5, 6):
+        tables.observe(1, 0, 3, np.array([1], np.uint64), np.array([4], np.uint32), seqnr, now=20)
+    assert tables.known(1, 7, now=900, still_since=15) == ([], 1), "as good as looked at"
+    assert tables.known(77, 7, now=900, still_since=15) == ([], 0)
 
 
 def test_what_changes_in_the_tables_changes_their_version():
@@ -144,7 +149,7 @@ def test_what_changes_in_the_tables_changes_their_version():
         assert changed() is expected, seqnr
     observe(tables, [1, 2], [4, 6], 5)
     assert changed()
-    tables.keep(1, 6, now=1, still_since=0)
+    tables.known(1, 6, now=1, still_since=0)
     assert not changed()
     tables.forget_pages(1, np.array([9], np.uint64))
     assert not changed()
