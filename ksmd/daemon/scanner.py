@@ -110,10 +110,13 @@ class Scanner:
             return
         ground, began, before = target.ground, time.monotonic(), _unsettled(result)
         spent = self._see_whether_it_ran(target)
-        settled = self._has_settled(target) and bool(spent) and spent == target.spent
-        if settled and target.settled is not None:
+        if not eager and spent and spent == target.spent and self._has_settled(target):
+            assert target.settled is not None
             began = target.settled[1]  # all of it was scanned then, and not now
-        for at, end in self._ranges(slot, ground.spans, seqnr, result, eager, settled):
+            ranges = self._known_ranges(target, seqnr, result)
+        else:
+            ranges = self._ranges(slot, ground.spans, seqnr, result, eager)
+        for at, end in ranges:
             while at < end and (target := self._targets.by_slot.get(slot)) is not None:
                 scanned = result.scanned
                 at = self._step(  # noqa: PLW2901
@@ -126,25 +129,9 @@ class Scanner:
             target.settled = (ground, began) if _unsettled(result) == before else None
 
     def _ranges(
-        self,
-        slot: int,
-        areas: Spans,
-        seqnr: int,
-        result: ScanResult,
-        eager: bool,
-        settled: bool,
+        self, slot: int, areas: Spans, seqnr: int, result: ScanResult, eager: bool
     ) -> Iterator[tuple[int, int]]:
-        """Give the page ranges to look at: near areas as one, without what rests.
-
-        *settled*: the target has not run, and all that it had was stable.
-        """
-        target = self._targets.by_slot.get(slot)
-        if settled and not eager and target is not None and target.still_since is not None:
-            tables = self._targets.tables(target)
-            ranges, resting = tables.known(slot, seqnr, self.now(), target.still_since)
-            result.resting += resting
-            yield from ranges
-            return
+        """Give the page ranges to look at: near areas as one, without what rests."""
         for at, end in areas.groups():
             target = self._targets.by_slot.get(slot)
             if eager or target is None:
@@ -154,6 +141,15 @@ class Scanner:
             ranges, resting = tables.awake(slot, at, end, seqnr, self.now(), target.still_since)
             result.resting += resting
             yield from ranges
+
+    def _known_ranges(
+        self, target: Target, seqnr: int, result: ScanResult
+    ) -> Iterator[tuple[int, int]]:
+        """Do the same for a target that has not run, and all of which was stable."""
+        tables, since = self._targets.tables(target), target.still_since
+        ranges, resting = tables.known(target.slot, seqnr, self.now(), since or 0)
+        result.resting += resting
+        return iter(ranges)
 
     def _see_whether_it_ran(self, target: Target) -> tuple[int, ...]:
         """Note whether a target has run since it was scanned; give what it has spent so far.

@@ -16,6 +16,7 @@ from ksmd.daemon.state import Target
 from ksmd.daemon.targets import Targets
 from ksmd.daemon.windows import MergeResult
 from ksmd.guard.client import Pager
+from ksmd.kernel import procfs
 from ksmd.kernel.iouring import PinRing
 from ksmd.model.refusal import Reason
 from ksmd.remap.engine import Engine
@@ -60,6 +61,15 @@ def select(pipeline: Pipeline, *victims: Victim) -> None:
     ]  # fmt: skip
     pipeline.targets.settings = Settings.model_validate({"version": 1, "targets": chosen})
     pipeline.targets.refresh()
+
+
+def at_rest(*victims: Victim) -> None:
+    """Wait until they sleep: what they have said, they said before they went to sleep."""
+    deadline, before = time.monotonic() + 30, None
+    while (now := [procfs.spent(victim.pid) for victim in victims]) != before:
+        assert time.monotonic() < deadline
+        before = now
+        time.sleep(0.1)
 
 
 def merge(pipeline: Pipeline, asked: bool = True) -> MergeResult:
@@ -127,12 +137,14 @@ def test_a_target_is_not_read_again_before_it_has_run(pipeline: Pipeline) -> Non
                   "regions": [{"start": one.ready, "npages": many}]}  # fmt: skip
         pipeline.targets.settings = Settings.model_validate({"version": 1, "targets": [chosen]})
         pipeline.targets.refresh()
+        at_rest(one)
         assert after(0).new == many
         assert after(10).scanned == many, "nothing is known of it yet"
         for _ in range(3):
             found = after(4000)
             assert (found.scanned, found.resting) == (0, many)
         one.ask(f"fill({one.ready} + 300 * PAGE, 1, 999)")
+        at_rest(one)
         found = after(4000)
         assert (found.scanned, found.volatile) == (many, 1)
         found = after(10)
@@ -291,6 +303,7 @@ def test_while_nobody_runs_nothing_is_looked_at(
         for _ in pipeline.scanner.full_scan(1 << 20, ScanResult(), eager=True):
             pass
         assert merge(pipeline).merged == 2 * NPAGES
+        at_rest(one, other)
         later()
         for _ in range(3):
             own_pass(pipeline)
@@ -309,6 +322,7 @@ def test_while_nobody_runs_nothing_is_looked_at(
         own_pass(pipeline)
         assert not calls
         one.ask(f"poke({one.ready}, 5)")
+        at_rest(one)
         later()
         own_pass(pipeline)
         assert {"read_areas", "_count"} <= set(calls)
