@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ksmd.bench import census
 from ksmd.bench.clocks import cpu_of_all
@@ -68,7 +69,7 @@ class Watch:
 
 def timed_run(make: Callable[[Sequence[Victim]], Contender], victims: Sequence[Victim]) -> Run:
     """Merge, and measure everything but pauses."""
-    sums = census.contents(victims)
+    sums = _contents(victims)
     possible = census.possible(sums, census.zero_content())
     before = census.kernel_memory(victims)
     huge = census.huge_bytes(victims)
@@ -113,6 +114,18 @@ def timed_run(make: Callable[[Sequence[Victim]], Contender], victims: Sequence[V
         intact=intact,
         details=report.details | {"victims_cpu": in_windows, "vmas": after.vmas - before.vmas},
     )
+
+
+def _contents(victims: Sequence[Victim]) -> NDArray[np.uint64]:
+    """Read what the victims hold, twice.
+
+    When a page is read by somebody else for the second time, the kernel moves it to its active
+    list, once in its life: that is not to fall upon the contender who reads.
+    """
+    sums = census.contents(victims)
+    if not np.array_equal(sums, census.contents(victims)):
+        raise KsmdError("the victims' memory changes before anybody has touched it")
+    return sums
 
 
 def pauses(
