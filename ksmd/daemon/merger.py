@@ -74,7 +74,7 @@ class Merger:
         room = {target.slot: self._vma_room(target) for target in self._of(domain)}
         grounds = (
             domain.tables.version, domain.store.known(), frozenset(ready), tuple(room.items()),
-            domain.strangers.current(time.monotonic()),
+            domain.strangers.current(time.monotonic()), self._settings.window.max_pages,
         )  # fmt: skip
         if not asked and scope is None and domain.idle and domain.idle[0] == grounds:
             return domain.idle[1]

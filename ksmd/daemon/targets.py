@@ -229,7 +229,7 @@ class Targets:
             target.settled = None
             self._domain(selected.domain)
         if (selected.regions, selected.also) != (target.selected.regions, target.selected.also):
-            target.flags_read = -math.inf
+            target.flags_read = target.reread_at = -math.inf
         target.selected = selected
 
     def _domain(self, name: str) -> Domain:

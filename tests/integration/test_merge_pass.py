@@ -329,6 +329,22 @@ def test_while_nobody_runs_nothing_is_looked_at(
         assert [target.broken for target in pipeline.targets] == [1, 0]
 
 
+def test_other_settings_hold_for_who_stands_still_too(pipeline: Pipeline) -> None:
+    with Victim(SCRIPT) as one:
+        select(pipeline, one)
+        at_rest(one)
+        for _ in range(3):
+            own_pass(pipeline)
+        (target,) = pipeline.targets
+        for npages in (7, 20):
+            rule = {"name": "v", "match": {"pid": one.pid}, "domain": "d",
+                    "regions": [{"start": one.ready, "npages": npages}]}  # fmt: skip
+            pipeline.targets.settings = Settings.model_validate({"version": 1, "targets": [rule]})
+            own_pass(pipeline)
+            assert int((target.areas.ends - target.areas.starts).sum()) == npages * 4096
+            assert pipeline.targets.tables(target).rows == npages
+
+
 def test_an_extent_whose_users_have_gone_is_released_though_the_others_rest(
     pipeline: Pipeline,
 ) -> None:
