@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 #: Processors that a stop needs: the tracer its own, and the threads that stop another.
 _PROCESSORS_OF_A_STOP = 2
 #: Runs of zero pages in a window: they take no mappings, but a price that is wrong tells by then.
-_ZERO_RUNS = 500
+_ZERO_RUNS = 1000
 #: Pages of an extent for scattered pages, at the most, and the part of free memory that it may be.
 _SCATTERED_PAGES, _SCATTERED_SHARE = 65536, 16
 
