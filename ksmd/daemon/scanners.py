@@ -113,7 +113,8 @@ class Scanners:
     ) -> Iterator[float | Outcome]:
         """Walk on with a scanner over *pages* pages, and merge at most *most* of them."""
         scanner = self._scanners[number]
-        ranges = self._begin(cover())
+        with self._allowance.charged(uid):
+            ranges = self._begin(cover())
         work = _Work(uid, ranges, pages, most)
         found = ScanResult()
         yield from self._allowance.pacing(uid, self._walk(scanner, work, found))
@@ -122,7 +123,9 @@ class Scanners:
     def share(self, uid: int, ranges: dict[TargetId, Ranges]) -> Iterator[float | Outcome]:
         """Read all of *ranges* until each page was seen unchanged, and merge what can be merged."""
         everything = 1 << 62
-        work = _Work(uid, self._begin(ranges), everything, everything)
+        with self._allowance.charged(uid):
+            begun = self._begin(ranges)
+        work = _Work(uid, begun, everything, everything)
         found = ScanResult()
         steps = self._walk(_Scanner(0), work, found)
         yield from self._allowance.pacing(uid, steps)
@@ -212,7 +215,8 @@ class Scanners:
                     break
                 waited_for = self._pipeline.merging.waiting > 0
                 chunk = _CHUNK_PAGES if waited_for else min(2 * chunk, _LONGEST_CHUNK_PAGES)
-                for _ in self._pipeline.accounting.recount(self._touched(result)):
+                count = self._pipeline.accounting.recount(self._touched(result))
+                for _ in self._allowance.charging(work.uid, count):
                     yield 0.0
                 while (pause := self._allowance.wait(work.uid)) > 0:
                     yield pause

@@ -243,11 +243,14 @@ def test_a_users_scans_are_limited_to_a_share_of_the_daemons_time(daemon, puppet
 
     failure = until(refused, "it has had its burst", patience=120)
     assert (failure.name, failure.parameters["seconds"] > 0) == ("RateLimited", True)
+    daemon.ctl("pause")  # the daemon's own passes are nobody's share
     begun, used = time.monotonic(), cpu(daemon)
-    while time.monotonic() - begun < 4:
+    while time.monotonic() - begun < 8:
         assert greedy.raw.call("Scan", scan=scanner, pages_to_scan=4000)["scanned"] == 4000
     spent = (cpu(daemon) - used) / (time.monotonic() - begun)
-    assert spent < 2 * SHARE, spent
+    print(f"{spent:.2f} of the time")
+    assert spent < 1.5 * SHARE, spent
+    daemon.ctl("resume")
     until(lambda: outcome(asking.raw, "Status", {}) is None, "it is served again")
     unaffected(daemon, puppets)
     assert greedy.intact()
