@@ -86,18 +86,18 @@ def test_a_range_that_readers_hammer_while_it_is_dropped_is_right_at_every_read(
     daemon = daemons(settings_for(*pair) | CROWDED)
     daemon.scan()
     worker = Worker(daemon)
-    rounds = merged = 0
-    for victim in pair:
-        victim.begin("hammer 4")
-    while rounds < 3:
-        merged += worker.scan()
-        rounds += 1
-    for victim in pair:
-        found = dict(pair_.split("=") for pair_ in victim.finish().split())
-        print(f"{rounds} scans meanwhile merged {merged} pages; {found}")
-        assert found["bad"] == found["stale"] == "0"
-        assert int(found["drops"]) > 0
-        assert int(found["reads"]) > 0
+    merged = hammers = 0
+    while not merged and hammers < 10:  # what changes all the time merges by chance
+        hammers += 1
+        for victim in pair:
+            victim.begin("hammer 4")
+        merged += sum(worker.scan() for _ in range(3))
+        for victim in pair:
+            found = dict(pair_.split("=") for pair_ in victim.finish().split())
+            print(f"3 scans meanwhile merged {merged} pages; {found}")
+            assert found["bad"] == found["stale"] == "0"
+            assert int(found["drops"]) > 0
+            assert int(found["reads"]) > 0
     assert merged > 0
     oracle = Oracle(*pair)
     daemon.scan()

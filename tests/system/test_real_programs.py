@@ -68,6 +68,7 @@ def test_a_program_that_handles_page_faults_itself_is_left_to_it(crowd, tmp_path
             "stress-ng", "--userfaultfd", "2", "--verify", "--timeout", "1h", cwd=tmp_path
         )
         it.work()
+        it.settle()
         stress.send_signal(signal.SIGINT)
         said, _ = stress.communicate(timeout=120)
         assert stress.returncode == 0, said
