@@ -152,14 +152,11 @@ class PageTables:
             self._take_for_looked_at(table.keys[low:high], blocks, now, still_since)
         resting = np.flatnonzero(self._blocks.due[blocks] > now)
         found = table.keys[low:high][resting]
-        cuts = np.flatnonzero(np.diff(found) != 1) + 1
-        first, end = np.append(0, cuts), np.append(cuts, found.size)
+        first, end = _runs(found)
         long = end - first >= _LEAST_REST
         ranges, at, spared = [], first_page, 0
         for start, stop in zip(first[long].tolist(), end[long].tolist(), strict=True):
-            at_rest = blocks[resting[start:stop]]
-            self._blocks.seen[at_rest] = _ALL
-            spared += int(np.bitwise_count(self._blocks.stable[at_rest]).sum())
+            spared += self._spare(blocks[resting[start:stop]])
             begins = int(found[start]) << BLOCK_SHIFT
             if at < begins:
                 ranges.append((at, begins))
@@ -178,15 +175,19 @@ class PageTables:
         table = self._enter(slot, seqnr)
         self._take_for_looked_at(table.keys, table.blocks, now, still_since)
         resting = self._blocks.due[table.blocks] > now
-        at_rest = table.blocks[resting]
-        self._blocks.seen[at_rest] = _ALL
-        spared = int(np.bitwise_count(self._blocks.stable[at_rest]).sum())
+        spared = self._spare(table.blocks[resting])
         keys = table.keys[~resting]
-        starts = np.flatnonzero(np.diff(keys, prepend=keys[:1] - np.uint64(2)) != 1)
-        first, last = keys[starts], keys[np.append(starts[1:], keys.size)[: starts.size] - 1]
-        ends = (last + np.uint64(1)) << np.uint64(BLOCK_SHIFT)
-        pairs = zip((first << np.uint64(BLOCK_SHIFT)).tolist(), ends.tolist(), strict=True)
-        return list(pairs), spared
+        ranges = [
+            (int(keys[start]) << BLOCK_SHIFT, (int(keys[stop - 1]) + 1) << BLOCK_SHIFT)
+            for start, stop in zip(*(ends.tolist() for ends in _runs(keys)), strict=True)
+            if start < stop
+        ]
+        return ranges, spared
+
+    def _spare(self, blocks: U32) -> int:
+        """Take blocks for observed in the scan that is under way: how many pages are stable."""
+        self._blocks.seen[blocks] = _ALL
+        return int(np.bitwise_count(self._blocks.stable[blocks]).sum())
 
     def _take_for_looked_at(self, keys: U64, blocks: U32, now: int, still_since: int) -> None:
         untouched = self._blocks.untouched(blocks, now, still_since)
@@ -368,6 +369,12 @@ class PageTables:
             table.insert(cut.keys[missing], self._blocks.take(missing.size))
         self._rows += int(np.count_nonzero(fits))
         return old, fits
+
+
+def _runs(keys: U64) -> tuple[Index, Index]:
+    """Return where runs of neighbours begin and end in ascending keys; of none, one empty run."""
+    cuts = np.flatnonzero(np.diff(keys) != 1) + 1
+    return np.append(0, cuts), np.append(cuts, keys.size)
 
 
 def _in_pieces(blocks: U32, bits: U64) -> Iterator[Index]:

@@ -23,6 +23,22 @@ log = logging.getLogger(__name__)
 _DUMP_FILE_PRIVATE = 4
 
 
+def refuse(target: Target, reason: Reason, detail: str) -> None:
+    """Leave the target alone from now on, and say so in the log."""
+    log.info(
+        "pid %d refused: %s %s",
+        target.pid,
+        reason,
+        detail,
+        extra=fields(
+            target_pid=target.pid,
+            domain=target.selected.domain,
+            reason=str(reason),
+        ),
+    )
+    target.refuse(reason, detail, time.monotonic())
+
+
 def prepare(target: Target, engine: Engine, pager: Pager, deadline_ms: float) -> None:
     """Give the target its contexts, or a refusal. Raises TargetGoneError."""
     try:
@@ -31,18 +47,7 @@ def prepare(target: Target, engine: Engine, pager: Pager, deadline_ms: float) ->
     except RefusedTargetError as error:
         if error.reason is Reason.GONE:
             raise TargetGoneError(f"process {target.pid} is gone") from None
-        log.info(
-            "pid %d refused: %s %s",
-            target.pid,
-            error.reason,
-            error.detail,
-            extra=fields(
-                target_pid=target.pid,
-                domain=target.selected.domain,
-                reason=str(error.reason),
-            ),
-        )
-        target.refuse(error.reason, error.detail, time.monotonic())
+        refuse(target, error.reason, error.detail)
         return
     try:
         label = TargetLabel.of(target.selected).as_json()

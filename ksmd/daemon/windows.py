@@ -7,7 +7,6 @@ unmerger. What a window is to do has been decided before.
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import time
 from collections import Counter
@@ -19,8 +18,7 @@ import numpy as np
 from ksmd.core.ledger import StopTimes
 from ksmd.core.price import WindowPrice
 from ksmd.core.windows import Records, pages_of, spans, windows_of
-from ksmd.daemon.journal import fields
-from ksmd.daemon.prepare import prepare
+from ksmd.daemon.prepare import prepare, refuse
 from ksmd.daemon.state import PASSING, Domain, Target
 from ksmd.daemon.targets import Targets
 from ksmd.guard.client import Pager
@@ -29,8 +27,6 @@ from ksmd.model.units import PAGE_SHIFT
 from ksmd.model.window import Op, WindowRequest, WindowResult
 from ksmd.remap.engine import Engine, RefusedTargetError
 from ksmd.remap.store import Extent
-
-log = logging.getLogger(__name__)
 
 #: Refusals that have to do with the moment of the stop, and how often an asked window tries again.
 _MOMENTARY = frozenset({Reason.UNSTOPPABLE, Reason.NO_THREAD, Reason.STALE_STUB})
@@ -169,23 +165,11 @@ class Windows:
             self._pager.settle_all(target.slot)
         if done.lost:  # a stub that is at work may have guarded what is read next
             target.memory.may_pin = False
-        now = time.monotonic()
-        target.last_window, target.recount_at = now, 0.0
+        target.last_window, target.recount_at = time.monotonic(), 0.0
         if done.refused is Reason.GONE:
             self._targets.drop(target)
         elif done.refused is not None:
-            log.info(
-                "pid %d refused: %s %s",
-                target.pid,
-                done.refused,
-                done.detail,
-                extra=fields(
-                    target_pid=target.pid,
-                    domain=target.selected.domain,
-                    reason=str(done.refused),
-                ),
-            )
-            target.refuse(done.refused, done.detail, now)
+            refuse(target, done.refused, done.detail)
         else:
             target.accepted()
             target.stops.add(done.total_us / 1000)
