@@ -1,29 +1,35 @@
-"""The page hash table: one sorted 64-bit word, checksum << 32 | rmap row, per stable page.
+"""The page hash table: the checksum of every stable page, sorted; 4 bytes a page.
 
-The 2008 patch kept a hash table of lists and mainline KSM a tree, 64 bytes per page. A sorted
-column needs 8, and finds all pages that share a checksum in one pass over neighbours.
+The 2008 patch kept a hash table of lists and mainline KSM a tree, 64 bytes per page. Of what they
+tell, a plan needs one thing: which checksums occur twice. A sorted column shows that in one pass
+over neighbours. Whose they are is not kept here: the rmap table has every page's checksum, and is
+looked through for those that were found (:class:`Finder`), which takes one pass more, but only
+where there is something to merge.
 
-Changes are buffered and merged when the table is read. Inserting and deleting are the same
-operation: a word is appended, the column sorted (stably: timsort sees two sorted runs and only
-merges them), and every word that then occurs twice goes away with its twin. So a change of 1 % of
-16 million pages is one pass of merging and one of compaction, both in place, instead of 160,000
-searches that miss the cache.
+Changes are buffered and merged when the table is read. What was added is appended and the column
+sorted (stably: timsort sees two sorted runs and only merges them). What was removed is then looked
+up and left out in one pass of compaction. Both are in place, and go through the column in order,
+in pieces that stay in the second-level cache: 160,000 searches of all of it would miss the cache
+each time, for a change of 1 % of 16 million pages.
 
-Only the small buffer is sorted from scratch. numpy's AVX-512 sort of 64-bit words is four to five
-times slower than its AVX2 sort on some CPUs (Zen 4), so the daemon has numpy do without it there
-(kernel/cpu.py); tests/bench/bench_tables.py shows which way a machine goes.
+Only the small buffer is sorted from scratch. numpy's AVX-512 sort is several times slower than its
+AVX2 sort on some CPUs (Zen 4), so the daemon has numpy do without it there (kernel/cpu.py);
+tests/bench/bench_tables.py shows which way a machine goes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ksmd.core.sets import distinct
 
-# Compaction works through the column in pieces that stay in the second-level cache.
+U32 = NDArray[np.uint32]
+Index = NDArray[np.intp]
+
+# Checksums that are gone through at a time: they stay in the second-level cache.
 _CHUNK = 1 << 16
 
 # The buffer is merged early when it outgrows both of these: a fraction of the table (so that
@@ -31,21 +37,21 @@ _CHUNK = 1 << 16
 _BUFFER_FRACTION = 8
 _BUFFER_FLOOR = 1 << 15
 
+# A finder has this many places for each checksum, within these bounds: the more, the fewer share
+# one. The upper bound is 64 MiB, while it lives, for a table of 16 million pages or more.
+_PLACES = 8
+_LEAST_PLACES, _MOST_PLACES = 1 << 10, 1 << 24
 
-def words_of(checksums: NDArray[np.uint32], rows: NDArray[np.uint32]) -> NDArray[np.uint64]:
-    """Pack checksums and rmap rows into words."""
-    words = checksums.astype(np.uint64)
-    words <<= np.uint64(32)
-    words |= rows.astype(np.uint64)
-    return words
+_NOT_THERE = "a checksum was removed that was not there"
 
 
 class PageHash:
-    """A set of words. ``len()`` is exact at any time, buffered changes included."""
+    """Checksums, each as often as it was added. ``len()`` is exact, buffered changes included."""
 
     def __init__(self) -> None:
-        self._words: NDArray[np.uint64] = np.empty(0, np.uint64)
-        self._pending: list[NDArray[np.uint64]] = []
+        self._sums: U32 = np.empty(0, np.uint32)
+        self._added: list[U32] = []
+        self._removed: list[U32] = []
         self._npending = 0
         self._size = 0
 
@@ -55,130 +61,138 @@ class PageHash:
     @property
     def nbytes(self) -> int:
         """Bytes of the column and of the changes that wait to be merged."""
-        return self._words.nbytes + 8 * self._npending
+        return self._sums.nbytes + 4 * self._npending
 
-    def add(self, words: NDArray[np.uint64]) -> None:
-        """Insert words that are not in the table, each once."""
-        self._size += words.size
-        self._defer(words)
+    def add(self, checksums: U32) -> None:
+        """Insert checksums."""
+        self._size += checksums.size
+        self._defer(self._added, checksums)
 
-    def remove(self, words: NDArray[np.uint64]) -> None:
-        """Delete words that are in the table, each once."""
-        self._size -= words.size
-        self._defer(words)
+    def remove(self, checksums: U32) -> None:
+        """Delete checksums, each as often as it is given; so often it must be there."""
+        self._size -= checksums.size
+        self._defer(self._removed, checksums)
 
-    def remove_rows(self, gone: NDArray[np.bool_]) -> None:
-        """Delete the words of every row that is set in ``gone`` (one bool per rmap row).
+    def duplicates(self, wanted: U32) -> U32:
+        """Return, ascending and each once, what occurs twice or more, or is among ``wanted``.
 
-        One pass over the table without a sort: for whole targets, where :meth:`remove` would sort
-        as many words as the table holds.
+        ``wanted`` in any order; of it, what does not occur is left out.
         """
         self._merge()
-        words = self._words
-        self._size = _compact(
-            words, lambda start, end: ~gone[words[start:end].view(np.uint32)[::2]]
-        )
-        self._words.resize(self._size, refcheck=False)
-
-    def rows_of_duplicates(self, wanted: NDArray[np.uint32]) -> NDArray[np.uint32]:
-        """Return the rows whose checksum occurs twice or more, or is one of ``wanted``.
-
-        ``wanted`` in any order. The rows come in the order of their checksums.
-        """
-        self._merge()
-        words = self._words
-        # The high half of each little-endian word, without a copy of the column.
-        checksums = words.view(np.uint32)[1::2]
-        chosen = np.zeros(words.size, np.bool_)
-        if words.size > 1:
-            np.equal(checksums[1:], checksums[:-1], out=chosen[1:])
-            chosen[:-1] |= chosen[1:]  # numpy buffers overlapping operands: no rippling
+        sums = self._sums
+        if not sums.size:
+            return sums
+        # the second of each sequence of equal ones, third and later ones left out
+        again = sums[1:] == sums[:-1]
+        again[1:] &= ~again[:-1]
+        twice = sums[1:][again]
         asked = distinct(wanted)
-        at = np.searchsorted(words, asked.astype(np.uint64) << 32)
-        inside = at < words.size
-        at, asked = at[inside], asked[inside]
-        # The first word of each checksum; where there is a second, both are chosen already.
-        chosen[at[checksums[at] == asked]] = True
-        rows: NDArray[np.uint32] = words.view(np.uint32)[::2][chosen]
-        return rows
+        at = np.minimum(np.searchsorted(sums, asked), sums.size - 1)
+        return distinct(np.concatenate((twice, asked[sums[at] == asked])))
 
-    def _defer(self, words: NDArray[np.uint64]) -> None:
-        if not words.size:
+    def _defer(self, where: list[U32], checksums: U32) -> None:
+        if not checksums.size:
             return
-        self._pending.append(words)
-        self._npending += words.size
-        if self._npending > max(_BUFFER_FLOOR, self._words.size // _BUFFER_FRACTION):
+        where.append(checksums)
+        self._npending += checksums.size
+        if self._npending > max(_BUFFER_FLOOR, self._sums.size // _BUFFER_FRACTION):
             self._merge()
 
     def _merge(self) -> None:
-        if not self._pending:
+        if not self._npending:
             return
-        changes = _odd_ones(np.concatenate(self._pending))
-        self._pending.clear()
-        self._npending = 0
-        if not changes.size:
-            return
-        old = self._words.size
+        added, removed = _sorted(self._added), _sorted(self._removed)
+        self._added, self._removed, self._npending = [], [], 0
         # In place: the column is the largest thing the daemon owns, and nothing here holds a view.
-        self._words.resize(old + changes.size, refcheck=False)
-        self._words[old:] = changes
-        self._words.sort(kind="stable")
-        self._words.resize(_cancel_pairs(self._words), refcheck=False)
-        assert self._words.size == self._size, "a word was added twice, or removed and not there"
+        if added.size:
+            old = self._sums.size
+            self._sums.resize(old + added.size, refcheck=False)
+            self._sums[old:] = added
+            self._sums.sort(kind="stable")
+        if removed.size:
+            self._sums.resize(_leave_out(self._sums, removed), refcheck=False)
 
 
-def _odd_ones(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Sort and keep, once, each word that occurs an odd number of times.
-
-    A word's changes alternate between insertion and deletion, so an even number of them is none.
-    """
-    words.sort()
-    starts = np.flatnonzero(np.concatenate(([True], words[1:] != words[:-1])))
-    if starts.size == words.size:
-        return words
-    counts = np.diff(starts, append=words.size)
-    odd: NDArray[np.uint64] = words[starts[counts % 2 == 1]]
-    return odd
+#: No checksum but the highest can be taken for it, and that is looked up then.
+_CROWDED = np.uint32(0xFFFF_FFFF)
 
 
-def _cancel_pairs(words: NDArray[np.uint64]) -> int:
-    """Take every pair of equal neighbours out of ``words``, in place; return how many stay.
+class Finder:
+    """Finds the checksums of a set among many others: one look at each of those, mostly.
 
-    No word occurs more than twice.
+    The upper bits of a checksum say where in a table it would be; the table holds it. Where two of
+    the set would be in one place a mark stands for them, and whoever meets it is looked up.
     """
 
-    def keep(start: int, end: int) -> NDArray[np.bool_] | None:
-        chunk = words[start:end]
-        pairs = np.flatnonzero(chunk[1:] == chunk[:-1])
-        if not pairs.size and not twins[start // _CHUNK] and not twins[-(-end // _CHUNK)]:
-            return None
-        kept = np.ones(chunk.size, np.bool_)
-        kept[pairs] = False
-        kept[pairs + 1] = False
-        kept[0] &= not twins[start // _CHUNK]
-        kept[-1] &= not twins[-(-end // _CHUNK)]
-        return kept
+    def __init__(self, checksums: U32) -> None:
+        """*checksums* ascend, each once, none is 0."""
+        bits = int(_PLACES * checksums.size).bit_length()
+        size = min(max(1 << bits, _LEAST_PLACES), _MOST_PLACES)
+        self._shift = np.uint32(33 - size.bit_length())
+        self._table = np.zeros(size, np.uint32)
+        places = checksums >> self._shift
+        self._table[places] = checksums
+        shared = places[1:] == places[:-1]
+        self._table[places[1:][shared]] = _CROWDED
+        self._crowded = checksums[self._table[places] == _CROWDED]
 
-    # Pairs that lie across two chunks, found before compaction moves either half.
-    edges = np.arange(_CHUNK, words.size, _CHUNK)
-    twins = [False, *(words[edges] == words[edges - 1]).tolist(), False]
-    return _compact(words, keep)
+    def found(self, checksums: U32) -> NDArray[np.bool_]:
+        """Tell which of *checksums* are in the set; of 0 it tells nothing."""
+        there = self._table.take(checksums >> self._shift)
+        found: NDArray[np.bool_] = there == checksums
+        if self._crowded.size:
+            unclear = np.flatnonzero(there == _CROWDED)
+            asked = checksums[unclear]
+            at = np.minimum(np.searchsorted(self._crowded, asked), self._crowded.size - 1)
+            found[unclear] = self._crowded[at] == asked
+        return found
 
 
-def _compact(
-    words: NDArray[np.uint64], keep: Callable[[int, int], NDArray[np.bool_] | None]
-) -> int:
-    """Move the words to keep to the front, in place; return how many there are.
+def _sorted(parts: list[U32]) -> U32:
+    if not parts:
+        return np.empty(0, np.uint32)
+    together = np.concatenate(parts)
+    together.sort()
+    return together
 
-    ``keep(start, end)`` says which of words[start:end] stay, None for all. It is asked for one
-    chunk after the other, before anything at or behind ``start`` has moved.
+
+def _leave_out(sums: U32, gone: U32) -> int:
+    """Take *gone* out of ``sums``, both ascending, in place; return how many are left.
+
+    A sequence of equal ones may lie in several chunks: what is to go of it and is not in the chunk
+    that it begins in is left for those that follow.
     """
     kept = 0
-    for start in range(0, words.size, _CHUNK):
-        end = min(words.size, start + _CHUNK)
-        stay = keep(start, end)
-        chunk = words[start:end] if stay is None else words[start:end][stay]
-        if kept != start or chunk.size != end - start:
-            words[kept : kept + chunk.size] = chunk
+    rest, values = np.empty(0, np.intp), gone[:0]
+    for start, mine in _chunks(sums, gone):
+        chunk, here = sums[start : start + _CHUNK], 0
+        if mine.size or rest.size:
+            values = np.concatenate((values, mine))
+            places = np.concatenate((rest, np.searchsorted(chunk, mine) + _nth_of_equals(mine)))
+            here = int(np.searchsorted(places, chunk.size))
+            assert np.array_equal(chunk[places[:here]], values[:here]), _NOT_THERE
+            stay = np.ones(chunk.size, np.bool_)
+            stay[places[:here]] = False
+            rest, values = places[here:] - chunk.size, values[here:]
+            chunk = chunk[stay]
+        if kept != start or here:
+            sums[kept : kept + chunk.size] = chunk
         kept += chunk.size
+    assert kept == sums.size - gone.size, _NOT_THERE
     return kept
+
+
+def _chunks(sums: U32, gone: U32) -> Iterator[tuple[int, U32]]:
+    """Cut ``sums`` into chunks: where each starts, and what of *gone* is met first in it."""
+    lasts = sums[_CHUNK - 1 : -1 : _CHUNK]  # of all chunks but the last
+    cuts = [0, *np.searchsorted(gone, lasts, side="right").tolist(), gone.size]
+    for number, start in enumerate(range(0, sums.size, _CHUNK)):
+        yield start, gone[cuts[number] : cuts[number + 1]]
+
+
+def _nth_of_equals(ordered: U32) -> Index:
+    """Tell of each how many equal ones come before it."""
+    number = np.arange(ordered.size)
+    first = np.zeros(ordered.size, np.intp)
+    np.multiply(number[1:], ordered[1:] != ordered[:-1], out=first[1:])
+    return number - np.maximum.accumulate(first)

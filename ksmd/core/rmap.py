@@ -39,8 +39,8 @@ _SPREAD = np.uint64(0x9E3779B97F4A7C15)  # 2**64 / golden ratio: neighbours get 
 class Blocks:
     """At most ``limit`` blocks. A block that is free has no page: its checksums and bits are 0.
 
-    ``checksums`` uint32 (blocks, 64); ``stable`` uint64 (blocks): pages whose word is in the page
-    hash table; ``seen`` uint64 (blocks): pages observed in the scan that is under way; ``quiet``
+    ``checksums`` uint32 (blocks, 64); ``stable`` uint64 (blocks): pages that are in the page hash
+    table; ``seen`` uint64 (blocks): pages observed in the scan that is under way; ``quiet``
     uint8 (blocks): nothing has changed in the block for about 2 ** (quiet - 1) seconds, 0: not even
     since it was looked at first; ``due`` uint32 (blocks): the second from which on it is to be
     looked at again, 0 for at once.
@@ -215,7 +215,7 @@ class PageBits:
 
 def rows_of(blocks: U32, bits: U64) -> Index:
     """Return the rows that are set in the blocks' bit maps, ascending inside each block."""
-    at, offset = np.nonzero(_unpack(bits))
+    at, offset = np.nonzero(unpacked(bits))
     return blocks[at].astype(np.intp) * BLOCK_PAGES + offset
 
 
@@ -224,6 +224,7 @@ def _pack(mask: Bools) -> U64:
     return packed
 
 
-def _unpack(bits: U64) -> Bools:
+def unpacked(bits: U64) -> Bools:
+    """Return bit maps as (blocks, 64) bools."""
     octets = np.ascontiguousarray(bits, "<u8").view(np.uint8).reshape(-1, BLOCK_PAGES // 8)
     return np.unpackbits(octets, axis=1, bitorder="little").view(np.bool_)

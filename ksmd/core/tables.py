@@ -1,8 +1,8 @@
 """The rmap and page hash tables of one trust domain: what each page was, and which may be equal.
 
-Promises. Memory is numpy columns only, never an object per page: 12.6 bytes per scanned page of
-dense memory at most (4 for the checksum, 8 for the word in the page hash table, the rest for what
-is kept of a block), against 64 in the kernel. Neither table grows past the size it was given: what
+Promises. Memory is numpy columns only, never an object per page: 8.6 bytes per scanned page of
+dense memory at most (4 for the checksum, 4 in the page hash table, the rest for what is kept of a
+block), against 64 in the kernel. Neither table grows past the size it was given: what
 does not fit is skipped and counted. Every operation is a fixed number of passes over what it was
 given, with no Python loop over pages.
 
@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from ksmd.core.pagehash import PageHash, words_of
+from ksmd.core.pagehash import Finder, PageHash
 from ksmd.core.rmap import (
     BLOCK_PAGES,
     BLOCK_SHIFT,
@@ -35,6 +35,7 @@ from ksmd.core.rmap import (
     Index,
     PageBits,
     rows_of,
+    unpacked,
 )
 from ksmd.core.sets import distinct
 from ksmd.model.tables import Seen
@@ -256,19 +257,24 @@ class PageTables:
         wanted = store_checksums
         if zero is not None:
             wanted = np.append(store_checksums, np.uint32(zero))
-        rows = self._hash.rows_of_duplicates(wanted)
-        if not rows.size:
+        checksums = self._hash.duplicates(wanted)
+        if not checksums.size:
             return Members()
-        # Scattering into a mask and reading it in the order of the maps sorts by (slot, page).
-        chosen = np.zeros(self._blocks.checksums.shape, np.bool_)
-        chosen.reshape(-1)[rows] = True
-        slots, pages, checksums = [], [], []
+        finder = Finder(checksums)
+        slots, pages, found = [], [], []
         for slot, table in sorted(self._maps.items()):
-            at, offset = np.nonzero(chosen[table.blocks])
-            slots.append(np.full(at.size, slot, np.uint32))
-            pages.append((table.keys[at] << BLOCK_SHIFT) + offset.astype(np.uint64))
-            checksums.append(self._blocks.checksums[table.blocks[at], offset])
-        return Members(np.concatenate(slots), np.concatenate(pages), np.concatenate(checksums))
+            for start in range(0, table.blocks.size, CHUNK_BLOCKS):
+                keys = table.keys[start : start + CHUNK_BLOCKS]
+                blocks = table.blocks[start : start + CHUNK_BLOCKS]
+                sums = self._blocks.checksums[blocks].reshape(-1)
+                chosen = finder.found(sums)
+                chosen &= unpacked(self._blocks.stable[blocks]).reshape(-1)
+                at = np.flatnonzero(chosen)
+                offset = (at % BLOCK_PAGES).astype(np.uint64)
+                slots.append(np.full(at.size, slot, np.uint32))
+                pages.append((keys[at >> BLOCK_SHIFT] << BLOCK_SHIFT) + offset)
+                found.append(sums[at])
+        return Members(np.concatenate(slots), np.concatenate(pages), np.concatenate(found))
 
     def _forget_absent(self, table: BlockMap, first: int, end: int, cut: PageBits) -> None:
         low = first >> BLOCK_SHIFT
@@ -309,14 +315,8 @@ class PageTables:
 
     def _leave_page_hash(self, blocks: U32, bits: U64) -> None:
         checksums = self._blocks.flat()
-        if blocks.size <= CHUNK_BLOCKS:
-            rows = rows_of(blocks, bits)
-            self._hash.remove(words_of(checksums[rows], rows.astype(np.uint32)))
-            return
-        gone = np.zeros(checksums.size, np.bool_)
-        for rows in _in_pieces(blocks, bits):
-            gone[rows] = True
-        self._hash.remove_rows(gone)
+        gone = [checksums[rows] for rows in _in_pieces(blocks, bits)]
+        self._hash.remove(np.concatenate(gone))  # at once: each time costs a pass over the table
 
     def _place(self, table: BlockMap, cut: PageBits, checksums: U32, eager: bool, now: int) -> U8:
         """Compare the pages with their rows and update both tables."""
@@ -331,10 +331,10 @@ class PageTables:
         rows = blocks[cut.which].astype(np.intp) * BLOCK_PAGES + cut.offset
         was_stable = known & ((self._blocks.stable[blocks][cut.which] & cut.bit) != 0)
         leaves = changed & was_stable
-        self._hash.remove(words_of(old[leaves], rows[leaves].astype(np.uint32)))
+        self._hash.remove(old[leaves])
         ripe = (same & ~was_stable) | fits if eager else same & ~was_stable
         joins = _first(ripe, self.page_hash_size - len(self._hash))
-        self._hash.add(words_of(checksums[joins], rows[joins].astype(np.uint32)))
+        self._hash.add(checksums[joins])
         self._blocks.flat()[rows[fits | changed]] = checksums[fits | changed]
         self.version += bool(fits.any() or changed.any() or joins.any())
         held = blocks[there]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ksmd.core.pagehash import PageHash
+from ksmd.core.pagehash import Finder, PageHash
 from ksmd.core.tables import PageTables
 from ksmd.model.tables import Seen
 
@@ -289,30 +289,55 @@ def test_tables_without_room_are_refused():
         PageTables(0, 10)
 
 
-def test_the_page_hash_is_the_set_of_what_was_added_and_not_removed():
+def test_the_page_hash_holds_each_checksum_as_often_as_it_was_added_and_not_removed():
     rng = np.random.default_rng(3)
-    table, truth = PageHash(), np.empty(0, np.uint64)
+    table, truth = PageHash(), np.empty(0, np.uint32)
     for round_ in range(12):
-        fresh = np.unique(rng.integers(0, 2**64, 150_000 >> (round_ % 5), dtype=np.uint64))
+        many = 150_000 >> (round_ % 5)
+        # some occur thousands of times, across the pieces that the table is worked through in
+        fresh = rng.choice(rng.integers(1, 2**32, many // 2, dtype=np.uint32) >> (round_ * 2), many)
         table.add(fresh)
-        truth = np.union1d(truth, fresh)
-        gone = rng.choice(truth, truth.size // 20, replace=False)
+        truth = np.concatenate((truth, fresh))
+        rng.shuffle(truth)
+        gone, truth = truth[: truth.size // 20], truth[truth.size // 20 :]
         table.remove(gone)
-        truth = np.setdiff1d(truth, gone)
         back = gone[: gone.size // 2]
         table.add(back)
-        truth = np.union1d(truth, back)
+        truth = np.concatenate((truth, back))
         assert len(table) == truth.size
         if round_ % 3 == 2:
-            every = (truth >> np.uint64(32)).astype(np.uint32)
-            rows = table.rows_of_duplicates(every)
+            values, counts = np.unique(truth, return_counts=True)
+            assert table.duplicates(NONE).tolist() == values[counts > 1].tolist()
+            assert table.duplicates(np.append(values, 0)).tolist() == values.tolist()
             assert len(table) == truth.size
-            assert rows.tolist() == (truth & np.uint64(0xFFFF_FFFF)).astype(np.uint32).tolist()
 
 
-def test_a_word_that_is_not_there_cannot_be_removed_unnoticed():
+@pytest.mark.parametrize("kept", [0, 1, 2, 40_000, 70_000])
+def test_one_checksum_that_fills_the_page_hash_is_a_duplicate_until_one_is_left(kept):
     table = PageHash()
-    table.add(np.array([1, 2], np.uint64))
-    table.remove(np.array([3], np.uint64))
-    with pytest.raises(AssertionError, match="removed and not there"):
-        table.rows_of_duplicates(NONE)
+    table.add(np.full(200_000, 7, np.uint32))
+    table.add(np.array([6, 8], np.uint32))
+    table.remove(np.full(200_000 - kept, 7, np.uint32))
+    assert table.duplicates(NONE).tolist() == [7] * (kept > 1)
+    assert table.duplicates(np.array([7], np.uint32)).tolist() == [7] * (kept > 0)
+    assert len(table) == kept + 2
+
+
+@pytest.mark.parametrize("gone", [3, 0xFFFF_FFFF])
+def test_a_checksum_that_is_not_there_cannot_be_removed_unnoticed(gone):
+    table = PageHash()
+    table.add(np.array([1, 2, 5], np.uint32))
+    table.remove(np.array([gone], np.uint32))
+    with pytest.raises(AssertionError, match="removed that was not there"):
+        table.duplicates(NONE)
+
+
+@pytest.mark.parametrize("count", [1, 2, 500, 60_000])
+def test_a_finder_finds_what_is_in_its_set_and_nothing_else(count):
+    rng = np.random.default_rng(count)
+    # neighbours, which share a place, and both ends of what a checksum may be
+    some = rng.integers(1, 2**32 - 1, count, dtype=np.uint32)
+    wanted = np.unique(np.concatenate((some, some + 1, [1, 0xFFFF_FFFF]))).astype(np.uint32)
+    asked = np.concatenate((wanted, wanted - 1, wanted + 1, [0xFFFF_FFFE, 2])).astype(np.uint32)
+    asked = rng.permutation(asked[asked != 0])
+    assert np.array_equal(Finder(wanted).found(asked), np.isin(asked, wanted))
