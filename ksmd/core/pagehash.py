@@ -34,7 +34,7 @@ _CHUNK = 1 << 16
 
 # The buffer is merged early when it outgrows both of these: a fraction of the table (so that
 # filling it costs a fixed number of passes) and a floor (so that small tables do not bother).
-_BUFFER_FRACTION = 8
+_BUFFER_FRACTION = 4
 _BUFFER_FLOOR = 1 << 15
 
 # A finder has this many places for each checksum, within these bounds: the more, the fewer share

@@ -17,6 +17,7 @@ from typing import Any
 _HEAD = struct.Struct("=I")
 _MAX_FDS = 64
 _BUFFER = 4 << 20
+_ONE = bytearray(1)  # what it holds is looked at by nobody
 
 
 class PeerGoneError(Exception):
@@ -51,8 +52,10 @@ def send(
 def receive(end: socket.socket) -> tuple[dict[str, Any], bytes, list[int]]:
     """Receive one message: header, payload, file descriptors (ours to close, close-on-exec)."""
     try:
+        # its length first: to make room for the largest takes longer than most messages do
+        size = end.recv_into(_ONE, 1, socket.MSG_PEEK | socket.MSG_TRUNC)
         data, control, flags, _ = end.recvmsg(
-            _BUFFER, socket.CMSG_SPACE(4 * _MAX_FDS), socket.MSG_CMSG_CLOEXEC
+            min(size, _BUFFER), socket.CMSG_SPACE(4 * _MAX_FDS), socket.MSG_CMSG_CLOEXEC
         )
     except ConnectionResetError as error:
         raise PeerGoneError from error

@@ -180,16 +180,9 @@ def status_fields(pid: int, tid: int | None = None) -> dict[str, str]:
     return proctext.parse_fields(read_file(f"/proc/{path}", f"process {pid}"))
 
 
-def status_masks(pid: int, tid: int, *names: str) -> list[int]:
-    """Read signal masks ("SigPnd") and the like from a task's status, without parsing all of it."""
-    data = read_file(f"/proc/{pid}/task/{tid}/status", f"process {pid}")
-    masks = []
-    for name in names:
-        _, found, rest = data.partition(b"\n%s:" % name.encode())
-        if not found:
-            raise ValueError(f"status: it has no {name}")
-        masks.append(int(rest.partition(b"\n")[0], 16))
-    return masks
+def task_status(pid: int, tid: int) -> proctext.Status:
+    """Read a task's status, of which a few fields are wanted at once."""
+    return proctext.Status(read_file(f"/proc/{pid}/task/{tid}/status", f"process {pid}"))
 
 
 def cpu_seconds(pid: int) -> float:

@@ -67,6 +67,35 @@ def parse_fields(data: bytes) -> dict[str, str]:
     return fields
 
 
+@dataclass(frozen=True, slots=True)
+class Status:
+    """A text of status, of which single fields are wanted: without parsing all of it."""
+
+    data: bytes
+
+    def _value(self, name: str) -> bytes | None:
+        _, found, rest = self.data.partition(b"\n%s:" % name.encode())
+        return rest.partition(b"\n")[0] if found else None
+
+    def masks(self, *names: str) -> list[int]:
+        """Give signal masks ("SigPnd") and the like."""
+        masks = []
+        for name in names:
+            value = self._value(name)
+            if value is None:
+                raise ValueError(f"status: it has no {name}")
+            masks.append(int(value, 16))
+        return masks
+
+    def own(self, name: str, outside: int) -> int:
+        """Give a number ("NSpid") as the task's own pid namespace has it.
+
+        Where the kernel has no such namespaces, that is *outside*, the number that we know.
+        """
+        value = self._value(name)
+        return int(value.split()[-1]) if value is not None else outside
+
+
 def parse_cgroup(data: bytes) -> str:
     """Give the path that says most in /proc/PID/cgroup, "" when there is none.
 

@@ -27,7 +27,7 @@ from ksmd.model.window import Op
 from ksmd.remap import frame, stub
 from ksmd.remap.frame import Anchor, Gadgets
 from ksmd.remap.places import SCRATCH, SCRATCH_STEP, SCRATCH_TRIES
-from ksmd.remap.stop import DeadlineError, RefusedError, Thread, marker_signal, remembered_call
+from ksmd.remap.stop import DeadlineError, RefusedError, Thread, identify, remembered_call
 from ksmd.remap.wire import Batch
 
 if TYPE_CHECKING:
@@ -35,10 +35,10 @@ if TYPE_CHECKING:
 
 _STUB_STACK: Final = 16384
 _MAP_SCRATCH: Final = 0x100022  # MAP_FIXED_NOREPLACE | MAP_ANONYMOUS | MAP_PRIVATE
-_MAP_OVER: Final = 0x32  # MAP_FIXED | MAP_ANONYMOUS | MAP_PRIVATE
 _READ_EXEC: Final = 5
 _READ_WRITE: Final = 3
 _MMAP: Final = 9
+_MPROTECT: Final = 10
 _MUNMAP: Final = 11
 _WALL: Final = 0x40000000
 _SI_TKILL: Final = -6
@@ -83,7 +83,7 @@ class Borrowed:
         self._gadgets = found
         self._xstate = xstate
         self._mask = ptrace.getsigmask(thread.tid)
-        self._marker = marker_signal(session.pid, thread.tid)
+        self._own = identify(session.pid, thread.tid)
         self._changed = False
         self._running = False
         self._phase = 0
@@ -139,7 +139,7 @@ class Borrowed:
             return  # a group stop traps once more; resuming is all it needs
         if number in (signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGSYS, signal.SIGFPE):
             raise StubLostError(signal.Signals(number).name)
-        if number in (signal.SIGSTOP, self._marker):
+        if number in (signal.SIGSTOP, self._own.marker):
             self._session.resend.add(number)
 
     def _set(self, **values: int) -> None:
@@ -158,16 +158,17 @@ class Borrowed:
             rsp=self._anchor.address,
             **dict(zip(names, args, strict=False)),
         )
-        ptrace.setsigmask(self._thread.tid, _ALL & ~(1 << (self._marker - 1)))
+        ptrace.setsigmask(self._thread.tid, _ALL & ~(1 << (self._own.marker - 1)))
         self._syscall_stop()
         self._syscall_stop()
         return ptrace.getregs(self._thread.tid).signed("rax")
 
-    def _map_scratch(self, code: int, length: int) -> int:
+    def _map_scratch(self, length: int) -> int:
         """Lay down the way home, then map memory for the stub: its address.
 
-        The first *code* bytes are executable, the rest is writable, nothing is both: a program that
-        denies itself such memory (PR_SET_MDWE) is no obstacle. The code is written past protection.
+        All of it is executable until the stub makes the part behind its code writable instead:
+        nothing is both, so a program that denies itself such memory (PR_SET_MDWE) is no obstacle.
+        What goes into it is written past protection.
         """
         again = frame.interrupted_call(
             self._thread.registers, remembered_call(self._session.pid, self._thread.tid)
@@ -181,14 +182,9 @@ class Borrowed:
             )  # fmt: skip
             self._session.memory.write(self._anchor.address, home)
             got = self._call(_MMAP, address, length, _READ_EXEC, _MAP_SCRATCH, -1, 0)
-            if got != address:
-                continue
-            self._scratch = (address, length)
-            data = address + code
-            got = self._call(_MMAP, data, length - code, _READ_WRITE, _MAP_OVER, -1, 0)
-            if got == data:
+            if got == address:
+                self._scratch = (address, length)
                 return address
-            break
         raise RefusedError(Reason.WINDOW_FAILED, f"mmap of scratch memory: {os.strerror(-got)}")
 
     def run(
@@ -208,7 +204,7 @@ class Borrowed:
         records_at = header_at + libc.page_ceil(stub.HEADER_SIZE)
         trials_at = records_at + len(batch) * stub.RECORD_SIZE
         length = libc.page_ceil(trials_at + len(trials) * 8)
-        base = self._map_scratch(code_length, length)
+        base = self._map_scratch(length)
         header_at, records_at, trials_at = base + header_at, base + records_at, base + trials_at
         fds = [device] if mode == stub.MODE_SETUP else self._descriptors(batch, contexts)
         header = stub.pack_header(
@@ -216,7 +212,9 @@ class Borrowed:
             mode=mode,
             records=records_at,
             nrecords=len(batch),
-            marker=self._marker,
+            marker=self._own.marker,
+            pid=self._own.pid,
+            tid=self._own.tid,
             gadget=self._gadgets.syscall_ret,
             frame=self._anchor.address + frame.F2_OFFSET,
             scratch=base,
@@ -234,34 +232,48 @@ class Borrowed:
         memory.write(records_at, batch.tobytes() + array("Q", trials).tobytes())
         started = time.perf_counter()
         self._running = True
-        self._set(rip=base, rsp=header_at - 64, rdi=header_at, rax=0)
+        self._set(
+            rip=base, rsp=header_at - 64, rbx=header_at,
+            rax=_MPROTECT, rdi=base + code_length, rsi=length - code_length, rdx=_READ_WRITE,
+        )  # fmt: skip
         self._until(header_at, 1)
+        if not self._phase:
+            self._leave()
+            raise RefusedError(Reason.WINDOW_FAILED, "mprotect of scratch memory failed")
         self._hand_over(header_at, fds)
         taken = self._take(header_at) if mode == stub.MODE_SETUP else []
         self._until(header_at, 3)
         outcome = self._results(header_at, records_at, len(batch))
         outcome.times["stub"] = (time.perf_counter() - started) * 1e6
-        self._syscall_stop()  # the stub's own munmap(scratch)
-        self._syscall_stop()
-        self._running, self._scratch = False, (0, 0)
+        self._leave()
         return outcome, taken
 
+    def _leave(self) -> None:
+        """Let the stub unmap its memory, which is the last thing it does."""
+        self._syscall_stop()
+        self._syscall_stop()
+        self._running, self._scratch = False, (0, 0)
+
     def _until(self, header_at: int, phase: int) -> None:
-        """Run the stub to that marker, or to a later one: after an error it skips some."""
-        tid, at = self._thread.tid, header_at + stub.field_offset("phase")
+        """Run the stub to that marker, or to a later one: after an error it skips some.
+
+        Its first marker comes without a phase where it has nothing that it can write to.
+        """
         while self._phase < phase:
-            ptrace.cont(tid)
+            ptrace.cont(self._thread.tid)
             event, number = self._wait()
-            if event == 0 and number == self._marker and self._is_ours(header_at):
-                self._phase = struct.unpack("=q", self._session.memory.read(at, 8))[0]
+            if event == 0 and number == self._own.marker and self._is_ours():
+                self._phase = self._field(header_at, "phase")
+                if not self._phase:
+                    return
             else:
                 self._keep_signal(event, number)
 
-    def _is_ours(self, header_at: int) -> bool:
+    def _is_ours(self) -> bool:
         """Tell the stub's tgkill(2) of itself from the same signal sent by anyone else."""
         info = ptrace.getsiginfo(self._thread.tid)
         code, sender = struct.unpack_from("=i4xi", info, 8)
-        return bool(code == _SI_TKILL and sender == self._field(header_at, "pid"))
+        return bool(code == _SI_TKILL and sender == self._own.pid)
 
     def _field(self, header_at: int, name: str) -> int:
         data = self._session.memory.read(header_at + stub.field_offset(name), 8)
@@ -302,10 +314,12 @@ class Borrowed:
 
     def _results(self, header_at: int, records_at: int, count: int) -> Outcome:
         memory = self._session.memory
-        fields = stub.unpack_header(memory.read(header_at, stub.HEADER_SIZE))
-        records = memory.read(records_at, count * stub.RECORD_SIZE)
+        header = memory.read(header_at, stub.HEADER_SIZE)
         return Outcome(
-            records, fields["error"], fields["keep"], threads=len(self._session.stopped.threads)
+            memory.read(records_at, count * stub.RECORD_SIZE),
+            stub.field_of(header, "error"),
+            stub.field_of(header, "keep"),
+            threads=len(self._session.stopped.threads),
         )
 
 

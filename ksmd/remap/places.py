@@ -6,7 +6,6 @@ import contextlib
 import os
 import struct
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
 from ksmd.kernel import procfs
@@ -106,9 +105,11 @@ def find_anchor(
 
 
 def _touched(memory: Memory, address: int, npages: int) -> bool:
-    path = procfs.task_path(memory.pid, "pagemap", memory.tid)
-    with Path(path).open("rb", buffering=0) as file:
-        data = os.pread(file.fileno(), npages * 8, address // PAGE_SIZE * 8)
+    fd = os.open(procfs.task_path(memory.pid, "pagemap", memory.tid), os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        data = os.pread(fd, npages * 8, address // PAGE_SIZE * 8)
+    finally:
+        os.close(fd)
     return any(entry & _PM_IN_USE for (entry,) in struct.iter_unpack("=Q", data))
 
 

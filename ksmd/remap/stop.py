@@ -145,7 +145,7 @@ def forget_calls(pid: int) -> None:
 
 def _pending(pid: int, tid: int) -> int:
     """Unblocked signals that wait for the thread, as a mask."""
-    own, shared, blocked = procfs.status_masks(pid, tid, "SigPnd", "ShdPnd", "SigBlk")
+    own, shared, blocked = procfs.task_status(pid, tid).masks("SigPnd", "ShdPnd", "SigBlk")
     return (own | shared) & ~blocked
 
 
@@ -281,7 +281,7 @@ def choose(stopped: Stopped, rseq_busy: set[int]) -> Thread:
             continue
         if thread.registers.field("cs") != _USER_CS:
             raise RefusedError(Reason.ARCHITECTURE, "a thread runs 32-bit code")
-        if procfs.task_stat(stopped.pid, thread.tid).flags & _PF_USER_WORKER:
+        if thread.tid != stopped.pid and _is_worker(stopped.pid, thread.tid):
             continue
         fit.append(thread)
         if thread.in_syscall:
@@ -291,14 +291,31 @@ def choose(stopped: Stopped, rseq_busy: set[int]) -> Thread:
     return fit[0]
 
 
-def marker_signal(pid: int, tid: int) -> int:
+def _is_worker(pid: int, tid: int) -> bool:
+    return bool(procfs.task_stat(pid, tid).flags & _PF_USER_WORKER)
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What the stub has to know of its thread: a ``marker`` for it, and ``pid`` and ``tid``.
+
+    The numbers are those by which the thread knows itself, in a pid namespace of its own perhaps.
+    """
+
+    marker: int
+    pid: int
+    tid: int
+
+
+def identify(pid: int, tid: int) -> Identity:
     """Choose a signal that does nothing when it is not caught, and is not caught here.
 
     Nor may it wait already, blocked, for someone who will ask for it (sigwait, signalfd).
     """
-    caught, own, shared = procfs.status_masks(pid, tid, "SigCgt", "SigPnd", "ShdPnd")
+    status = procfs.task_status(pid, tid)
+    caught, own, shared = status.masks("SigCgt", "SigPnd", "ShdPnd")
     used = caught | own | shared
     for number in (signal.SIGURG, signal.SIGWINCH, signal.SIGCHLD):
         if not used >> (number - 1) & 1:
-            return int(number)
+            return Identity(int(number), status.own("NStgid", pid), status.own("NSpid", tid))
     raise RefusedError(Reason.NO_THREAD, "every signal that could mark progress is in use")

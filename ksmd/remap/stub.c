@@ -45,8 +45,8 @@ typedef unsigned char u8;
 #define PAGE 4096UL
 
 enum { SYS_mmap = 9, SYS_mprotect = 10, SYS_munmap = 11, SYS_ioctl = 16, SYS_pread64 = 17,
-       SYS_mremap = 25, SYS_mincore = 27, SYS_madvise = 28, SYS_getpid = 39, SYS_socket = 41,
-       SYS_recvmsg = 47, SYS_close = 3, SYS_gettid = 186, SYS_tgkill = 234, SYS_prlimit64 = 302 };
+       SYS_mremap = 25, SYS_mincore = 27, SYS_madvise = 28, SYS_socket = 41, SYS_recvmsg = 47,
+       SYS_close = 3, SYS_tgkill = 234, SYS_prlimit64 = 302 };
 /* Made only where the program has locked memory itself, so no filter is asked about them. */
 enum { RARE_mlock = 149, RARE_munlock = 150 };
 enum { EAGAIN = 11, ENOMEM = 12, EEXIST = 17, EINVAL = 22, EMFILE = 24, ENODATA = 61, EOWNERDEAD = 130 };
@@ -98,10 +98,11 @@ struct header {
     u64 wake_start, wake_len;
     u64 nfds;                           /* how many descriptors the tracer sends */
     u64 trials, ntrials;                /* starts of mappings of two pages or more; then their flags */
+    u64 pid, tid;                       /* as this thread knows itself */
     /* the stub's own */
     i64 error;
     u64 done, keep;
-    u64 aside, fresh, store_map, alive_map, pid, tid, rlimit_soft, rlimit_hard, rlimit_raised;
+    u64 aside, fresh, store_map, alive_map, rlimit_soft, rlimit_hard, rlimit_raised;
     u64 fail_step, fail_errno, fail_record; /* fault injection by tests; step 0: none */
     u64 spare;
     u8 msghdr[64], iov[16], control[64], byte[16];
@@ -109,7 +110,8 @@ struct header {
 
 _Static_assert(sizeof(struct record) == 56, "stub.py packs 56 bytes");
 _Static_assert(__builtin_offsetof(struct header, phase) == 80, "stub.py reads phase at 80");
-_Static_assert(__builtin_offsetof(struct header, gadget) == 96, "the tail below");
+_Static_assert(__builtin_offsetof(struct header, gadget) == 96, "the entry and the tail below");
+_Static_assert(__builtin_offsetof(struct header, pid) == 200, "the entry below");
 _Static_assert(__builtin_offsetof(struct header, msghdr) == 328, "stub.py packs msghdr at 328");
 _Static_assert(sizeof(struct header) == 488, "stub.py packs 488 bytes");
 
@@ -879,8 +881,6 @@ static void setup(struct header *h)
 __attribute__((used)) void stub_main(struct header *h)
 {
     h->socket = h->alive_fd = h->track = h->guard = h->store = h->pagemap = h->device = -1;
-    h->pid = call3(SYS_getpid, 0, 0, 0);
-    h->tid = call3(SYS_gettid, 0, 0, 0);
     raise_rlimit(h);
     h->socket = call3(SYS_socket, AF_UNIX, SOCK_DGRAM_CLOEXEC, 0);
     h->error = h->socket < 0 ? h->socket : 0;
@@ -900,21 +900,35 @@ __attribute__((used)) void stub_main(struct header *h)
 }
 
 /*
- * Entry: rdi = header, rsp = end of the scratch stack. Tail: munmap(scratch) through the target's
- * own `syscall; ret`, with rsp at the frame; the ret goes to the restorer, which does rt_sigreturn.
+ * Entry: rbx = header, rsp = end of the scratch stack, and in rax, rdi, rsi, rdx the call that makes
+ * header, stack and records writable: they lie in one mapping with this code, and until now it was
+ * all executable and nothing could be written. Where that fails the tracer hears of it by a marker
+ * that comes before the first phase. Tail: munmap(scratch) through the target's own `syscall; ret`,
+ * with rsp at the frame; the ret goes to the restorer, which does rt_sigreturn.
  */
 asm(".section .text.start,\"ax\"\n"
     ".globl _start\n"
     "_start:\n"
     "    cld\n"
+    "    syscall\n"
+    "    mov %rbx,%rdi\n"
+    "    test %eax,%eax\n"
+    "    jnz 1f\n"
     "    push %rdi\n"
     "    call stub_main\n"
     "    pop %rdi\n"
-    "    mov 96(%rdi),%rcx\n"   /* gadget */
+    "2:  mov 96(%rdi),%rcx\n"   /* gadget */
     "    mov 104(%rdi),%r10\n"  /* frame */
     "    mov 120(%rdi),%rsi\n"  /* scratch_len */
     "    mov 112(%rdi),%rdi\n"  /* scratch */
     "    mov $11,%eax\n"        /* munmap */
     "    mov %r10,%rsp\n"
     "    jmp *%rcx\n"
+    "1:  mov 88(%rbx),%rdx\n"   /* marker */
+    "    mov 200(%rbx),%rdi\n"  /* pid */
+    "    mov 208(%rbx),%rsi\n"  /* tid */
+    "    mov $234,%eax\n"       /* tgkill */
+    "    syscall\n"
+    "    mov %rbx,%rdi\n"
+    "    jmp 2b\n"
     ".text\n");

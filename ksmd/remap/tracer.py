@@ -108,6 +108,7 @@ class Tracer:
             places.look_ahead(target)
         except DeadlineError:
             raise RefusedError(Reason.UNSTOPPABLE, "its code cannot be read in time") from None
+        batch = wire.Batch(payload)
         began = time.perf_counter()
         _arm(header["deadline_ms"] / 1000)
         try:
@@ -117,7 +118,7 @@ class Tracer:
         try:
             _arm(_STUB_SECONDS)
             with session:
-                reply = self._with_session(session, header, payload, fds)
+                reply = self._with_session(session, header, batch, fds)
         except DeadlineError:
             os._exit(EXIT_STUB_LATE)
         reply[0]["stop_us"] = session.stop_us
@@ -135,7 +136,7 @@ class Tracer:
         os._exit(EXIT_UNSTOPPABLE)
 
     def _with_session(
-        self, session: Session, header: dict[str, Any], payload: bytes, fds: list[int]
+        self, session: Session, header: dict[str, Any], batch: wire.Batch, fds: list[int]
     ) -> _Reply:
         match header["do"]:
             case "inspect":
@@ -146,7 +147,7 @@ class Tracer:
             case "setup":
                 return self._setup(session)
             case "window":
-                return self._window(session, header, payload, fds)
+                return self._window(session, header, batch, fds)
         raise ValueError(f"unknown request {header['do']!r}")
 
     def _setup(self, session: Session) -> _Reply:
@@ -161,9 +162,8 @@ class Tracer:
         return {"threads": outcome.threads}, b"", taken
 
     def _window(
-        self, session: Session, header: dict[str, Any], payload: bytes, fds: list[int]
+        self, session: Session, header: dict[str, Any], batch: wire.Batch, fds: list[int]
     ) -> _Reply:
-        batch = wire.Batch(payload)
         if batch.op >= Op.UNMERGE:
             _refuse_pins(session.pid)
         dropped, trials = admit(session, batch, header["inode"])

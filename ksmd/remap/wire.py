@@ -55,8 +55,8 @@ class Batch:
         step = slice(4 + _WORDS * first, 4 + _WORDS * end, _WORDS)
         self._words[step] = array("Q", [self.op | prot << _HIGH]) * (end - first)
         if number:
-            for at in range(5 + _WORDS * first, 5 + _WORDS * end, _WORDS):
-                self._words[at] |= number << MAPPING_SHIFT
+            step, high = slice(step.start + 1, step.stop + 1, _WORDS), number << MAPPING_SHIFT
+            self._words[step] = array("Q", [word | high for word in self._words[step]])
 
     def holding(self, address: int, length: int) -> int | None:
         """Give the record that holds any of [address, address + length), a page at the most."""
