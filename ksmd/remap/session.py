@@ -29,13 +29,16 @@ _RSEQ_CS_OFFSET: Final = 8
 
 
 class Session:
-    """A stopped target with one borrowed thread. Use as a context manager: leaving releases it."""
+    """A stopped target with one borrowed thread. Use as a context manager: leaving releases it.
 
-    def __init__(self, target: TargetId) -> None:
+    It has to stand still at *until* (time.monotonic): LateError.
+    """
+
+    def __init__(self, target: TargetId, until: float) -> None:
         self.pid = target.pid
         self._began = time.perf_counter()
         self._check_states(target)
-        self.stopped: Stopped = stop(self.pid)
+        self.stopped: Stopped = stop(self.pid, until)
         self.stop_us = self._elapsed_us()
         self.resend: set[int] = set()
         self.pidfd = -1

@@ -4,9 +4,10 @@ Stopping goes to a fixpoint: threads started meanwhile are stopped as well. A st
 disturbs some system calls (epoll_wait and its kin answer EINTR instead of being restarted), so each
 thread is mended the moment it stops: a tracer that dies later leaves no EINTR behind.
 
-A thread that does not stop (vfork parents, disk waits, dead storage) ends the window: the caller's
-alarm raises :class:`DeadlineError`, and the tracer process leaves, which is the only way to give up
-a thread that has been asked to stop and has not.
+A thread that does not stop in time (its processor is busy, or it waits in the kernel) ends the
+window: the others go on at once, and it follows as soon as it stops. One that does not even then
+(vfork parents, dead storage) makes the tracer process leave, which is the only way to give up a
+thread that has been asked to stop and has not (:class:`DeadlineError`).
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ from ksmd.model.refusal import Reason
 from ksmd.remap.frame import ERESTART_RESTARTBLOCK, NR_RESTART_SYSCALL
 
 _WALL: Final = 0x40000000
-#: How long a killed thread may take to end: it has to leave the kernel first.
-_DEATH_SECONDS: Final = 0.5
-_DEATH_POLL_SECONDS: Final = 0.0005
+#: How long a thread that did not stand still may take to stop after all, or, when it was killed, to
+#: end: it has to leave the kernel first.
+_LATE_SECONDS: Final = 0.5
+_LATE_POLL_SECONDS: Final = 0.0005
 _PF_USER_WORKER: Final = 0x4000
 _USER_CS: Final = 0x33
 
@@ -49,7 +51,15 @@ class RefusedError(Exception):
 
 
 class DeadlineError(Exception):
-    """The alarm went off."""
+    """The alarm went off, or a thread can be given up by the tracer's end alone."""
+
+
+class LateError(Exception):
+    """Some thread did not stop in time. ``stopped`` is for the caller to release."""
+
+    def __init__(self, stopped: Stopped) -> None:
+        super().__init__(stopped)
+        self.stopped = stopped
 
 
 @dataclass(slots=True)
@@ -81,13 +91,15 @@ class Stopped:
     def release(self) -> None:
         """Detach every thread, with the signal that it was about to receive.
 
-        A thread that was killed meanwhile is reaped: until its tracer has waited for it, no parent
-        hears of its death. The first thread comes last: it is reported when all others are gone.
+        Then those follow that do not stand still. A thread that was killed is reaped: until its
+        tracer has waited for it, no parent hears of its death. The first thread comes last: it is
+        reported when all others are gone. DeadlineError where one neither stops nor ends.
         """
-        for tid in sorted(self.attached, key=lambda tid: (tid == self.pid, tid)):
-            thread = self.threads.get(tid)
-            if thread is None or not _detach(thread):
-                _reap(self.pid, tid)
+        order = sorted(self.attached, key=lambda tid: (tid == self.pid, tid))
+        late = [tid for tid in order if tid not in self.threads or not _detach(self.threads[tid])]
+        deadline = time.monotonic() + _LATE_SECONDS
+        for tid in late:
+            _reap(self.pid, tid, deadline)
         self.attached.clear()
         self.threads.clear()
 
@@ -106,13 +118,12 @@ def _detach(thread: Thread) -> bool:
     return True
 
 
-def _reap(pid: int, tid: int) -> None:
+def _reap(pid: int, tid: int, deadline: float) -> None:
     """Wait for the end of a thread that did not stand still: it was killed. If it stops, let it go.
 
-    DeadlineError where it does neither: it stands in a freezer of its cgroup, and the tracer's own
-    end lets go of it.
+    DeadlineError where it does neither: it stands in a freezer of its cgroup, say, and the tracer's
+    own end lets go of it.
     """
-    deadline = time.monotonic() + _DEATH_SECONDS
     while True:
         try:
             found, status = os.waitpid(tid, _WALL | os.WNOHANG)
@@ -125,7 +136,7 @@ def _reap(pid: int, tid: int) -> None:
             return
         if time.monotonic() > deadline:
             raise DeadlineError
-        time.sleep(_DEATH_POLL_SECONDS)
+        time.sleep(_LATE_POLL_SECONDS)
 
 
 #: The original number of a system call that sits in restart_syscall now, by (pid, tid).
@@ -193,11 +204,11 @@ def _seize_refused(pid: int, tid: int) -> bool:
     raise RefusedError(Reason.PRIVILEGE, f"ptrace seize of {tid}")
 
 
-def _collect(stopped: Stopped, waiting: set[int], *, block: bool) -> None:
-    """Take in whoever of *waiting* has stopped or ended; with *block*, wait for the next one."""
+def _collect(stopped: Stopped, waiting: set[int]) -> None:
+    """Take in whoever of *waiting* has stopped or ended by now."""
     while waiting:
         try:
-            tid, status = os.waitpid(-1, _WALL if block else _WALL | os.WNOHANG)
+            tid, status = os.waitpid(-1, _WALL | os.WNOHANG)
         except ChildProcessError:
             waiting.clear()
             return
@@ -210,8 +221,21 @@ def _collect(stopped: Stopped, waiting: set[int], *, block: bool) -> None:
                 stopped.threads[tid] = thread
         else:
             stopped.lost(tid)
-        if block:
+
+
+def _await(stopped: Stopped, waiting: set[int], until: float) -> None:
+    """Take in all of *waiting*. LateError when they have not all stopped by then.
+
+    No alarm is to come here: it might fall between a thread's report and the note of it.
+    """
+    while True:
+        _collect(stopped, waiting)
+        if not waiting:
             return
+        left = until - time.monotonic()
+        if left <= 0:
+            raise LateError(stopped)
+        signal.sigtimedwait({signal.SIGCHLD}, left)  # blocked, so that none is missed
 
 
 def _arrived(pid: int, tid: int, status: int) -> Thread | None:
@@ -225,11 +249,11 @@ def _arrived(pid: int, tid: int, status: int) -> Thread | None:
     return thread
 
 
-def stop(pid: int) -> Stopped:
-    """Stop every task of *pid*, to a fixpoint. The caller holds an alarm for the deadline.
+def stop(pid: int, until: float) -> Stopped:
+    """Stop every task of *pid*, to a fixpoint, *until* when (time.monotonic).
 
-    What it raises, it raises after letting go of what had stopped; but for DeadlineError, after
-    which the tracer process must end.
+    The caller has set an alarm for later than that. What this raises, it raises after letting go of
+    what had stopped; but for LateError, and DeadlineError, after which the tracer process must end.
     """
     stopped = Stopped(pid)
     known: set[int] = set()
@@ -241,13 +265,12 @@ def stop(pid: int) -> Stopped:
                 if _seize(stopped, tid):
                     waiting.add(tid)
                 # each is mended as soon as it stops, whatever the others do
-                _collect(stopped, waiting, block=False)
-            while waiting:
-                _collect(stopped, waiting, block=True)
+                _collect(stopped, waiting)
+            _await(stopped, waiting, until)
         _refuse_filtered(stopped)
         if not stopped.threads:
             raise RefusedError(Reason.GONE)
-    except DeadlineError:
+    except (LateError, DeadlineError):
         raise
     except BaseException:
         stopped.release()

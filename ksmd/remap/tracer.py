@@ -8,10 +8,10 @@ It serves one request at a time from the daemon, over the channel that it inheri
 * ``window``   carry out a batch of records
 
 It may be killed at any instruction; the targets then go on by themselves. It uses that: when a
-thread does not stop, or a stub does not end, within the deadline, the process leaves, because that
-makes the kernel let go of every tracee at once. The daemon starts another.
+thread does not stop long after the deadline, or a stub does not end, the process leaves, because
+that makes the kernel let go of every tracee at once. The daemon starts another.
 
-All signals but SIGALRM, the deadline, are blocked: nothing may end a window half way by choice.
+All signals but SIGALRM, which says that, are blocked: nothing may end a window half way by choice.
 """
 
 from __future__ import annotations
@@ -35,11 +35,14 @@ from ksmd.remap.admit import admit
 from ksmd.remap.alive import AliveWord
 from ksmd.remap.borrowed import Contexts, Outcome, StubLostError
 from ksmd.remap.session import Session
-from ksmd.remap.stop import DeadlineError, RefusedError
+from ksmd.remap.stop import DeadlineError, LateError, RefusedError, Stopped
 from ksmd.remap.wire import EXIT_STUB_LATE, EXIT_UNSTOPPABLE
 
 #: How long a stub may take, in seconds. Two orders above the longest window measured.
 _STUB_SECONDS: Final = 2.0
+
+#: By so much the alarm comes after the deadline, which is kept without it: for what hangs in /proc.
+_GRACE_SECONDS: Final = 0.01
 
 _PR_SET_PDEATHSIG: Final = 1
 
@@ -109,10 +112,12 @@ class Tracer:
         except DeadlineError:
             raise RefusedError(Reason.UNSTOPPABLE, "its code cannot be read in time") from None
         batch = wire.Batch(payload)
-        began = time.perf_counter()
-        _arm(header["deadline_ms"] / 1000)
+        began, seconds = time.perf_counter(), header["deadline_ms"] / 1000
+        _arm(seconds + _GRACE_SECONDS)
         try:
-            session = Session(target)
+            session = Session(target, time.monotonic() + seconds)
+        except LateError as error:
+            self._let_go(error.stopped)
         except DeadlineError:
             self._give_up()
         try:
@@ -124,6 +129,15 @@ class Tracer:
         reply[0]["stop_us"] = session.stop_us
         reply[0]["total_us"] = (time.perf_counter() - began) * 1e6
         return reply
+
+    def _let_go(self, stopped: Stopped) -> NoReturn:
+        """Let a target go of which some thread stops too late."""
+        _arm(_STUB_SECONDS)
+        try:
+            stopped.release()
+        except DeadlineError:
+            self._give_up()
+        raise RefusedError(Reason.UNSTOPPABLE)
 
     def _give_up(self) -> NoReturn:
         """Let go of threads that do not stop, by our end, and at once: no stub is at work.
@@ -204,6 +218,7 @@ def main(arguments: list[str]) -> int:
     end = socket.socket(fileno=int(arguments[1]))
     signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - {signal.SIGALRM})
     signal.signal(signal.SIGALRM, _alarm)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, it would not tell of stops (stop.py)
     libc.set_name("ksmd-tracer")
     # One that hangs (SIGSTOP, a frozen cgroup) when the daemon ends would keep its target stopped,
     # and might carry out much later, for nobody, what it was asked for.

@@ -209,6 +209,30 @@ def test_thread_that_does_not_stop_is_given_up_at_the_deadline(
     assert signals(program.pid) == before
 
 
+def test_thread_that_stops_late_is_let_go_then_and_the_others_at_once(
+    lab: Lab, start: StartMode, faulty_tracer: UseTracer
+) -> None:
+    program = start("vfork", "80")
+    target = procfs.target_id(program.pid)
+    lab.engine.close()
+    faulty_tracer(blind="states")
+    tracer, late = 0, 0
+    before = signals(program.pid)
+    for _ in range(40):
+        try:
+            lab.engine.check(target, 5)
+        except RefusedTargetError as error:
+            assert error.reason is Reason.UNSTOPPABLE
+            assert not error.lost
+            late += 1
+        tracer = tracer or lab.engine.pid
+        assert lab.engine.pid == tracer, "the tracer left for a thread that only was late"
+        program.untraced()
+        assert program.numbers("report"), "the other threads stand still"
+    assert late > 10, "no stop met a vfork"
+    assert signals(program.pid) == before
+
+
 # ---------------------------------------------------------------- odd processes
 
 
