@@ -8,8 +8,13 @@ nor migrated, and the one way to such a pin that needs no device is a registered
 (io_uring_register(2)). No I/O is ever submitted.
 
 A ring has a sparse table of buffers; a slot is set by a pin and cleared by its unpin. More rings
-are made as they are needed. Pins live until unpin or close, also after the memory was unmapped, and
-they count in VmPin of our status.
+are made as they are needed, and those without a pin go again. Pins live until unpin or close, also
+after the memory was unmapped, and they count in VmPin of our status.
+
+To tell what it has accounted for already the kernel looks through all pages of a new buffer, and of
+all others of its ring, once for each folio (headpage_already_acct, io_uring/rsrc.c). So what a pin
+takes would grow with the square of the store: 0.6 ms for the first extent of 16 MiB, 350 ms for the
+160th. Hence many small rings, and small buffers.
 
 A pin can be made of writable memory only, and nobody can map an extent writable again once it is
 sealed. So the pins of an earlier daemon cannot be made anew: they are adopted with their rings,
@@ -36,10 +41,11 @@ IORING_REGISTER_BUFFERS2 = 15  # Linux 5.13
 IORING_REGISTER_BUFFERS_UPDATE = 16
 IORING_RSRC_REGISTER_SPARSE = 1  # Linux 5.19
 
-#: The kernel's limit for one registered buffer, in bytes.
-BUFFER_MAX = 1 << 30
-#: Slots of one ring; a slot costs 8 bytes of kernel memory.
-SLOTS = 1024
+#: Bytes of one registered buffer, at the most (the kernel allows 1 GiB), and slots of one ring.
+BUFFER_MAX = 16 << 20
+SLOTS = 4
+#: Slots that a ring of any version of ksmd may have.
+_MOST_SLOTS = 1024
 
 _SETUP_ENTRIES = 1
 _PARAMS_SIZE = 120  # struct io_uring_params
@@ -163,24 +169,27 @@ class PinRing:
         """
         known = {slot for pin in self._pins.values() for slot in pin}
         for fd in self._adopted:
-            for slot in range(SLOTS):
+            for slot in range(_MOST_SLOTS):
                 if (fd, slot) not in known:
                     try:
                         _update(fd, slot, 0, 0)
                     except OSError as error:
-                        if error.errno != errno.EINVAL:  # a ring of another version has fewer slots
+                        if error.errno != errno.EINVAL:  # it has no more slots
                             raise _explain(error) from error
                         break
         self._drops = True
         self._drop_empty()
 
     def _drop_empty(self) -> None:
+        """Close rings without a pin; one of our own stays."""
         used = {fd for pin in self._pins.values() for fd, _ in pin}
-        for name, fd in list(self._rings.items()):
-            if fd in self._adopted - used:
-                os.close(fd)
-                self._adopted.discard(fd)
-                del self._rings[name]
+        empty = [fd for fd in self._rings.values() if fd not in used | self._adopted][1:]
+        empty += self._adopted - used if self._drops else []
+        for fd in empty:
+            os.close(fd)
+        self._adopted.difference_update(empty)
+        self._free = [(fd, slot) for fd, slot in self._free if fd not in empty]
+        self._rings = {name: fd for name, fd in self._rings.items() if fd not in empty}
 
     def close(self) -> None:
         """Take every pin off, unless another process holds the rings too."""
@@ -229,8 +238,7 @@ class PinRing:
     def unpin(self, token: int) -> None:
         """Take the pin *token* off. KeyError when there is none."""
         self._clear(self._pins.pop(token))
-        if self._drops:
-            self._drop_empty()
+        self._drop_empty()
 
     def _clear(self, slots: list[tuple[int, int]]) -> None:
         for fd, slot in slots:

@@ -325,8 +325,15 @@ def test_more_pins_than_a_ring_has_slots_take_another_ring(
         assert len(open_fds()) == fds + 3
         assert _status_kib("VmPin") == before + 161 * 4
         ring.unpin(token)
-        ring.unpin(ring.pin(singles.address, 12 * 16 * PAGE_SIZE))
-        assert len(open_fds()) == fds + 3, "slots were not used again"
+        assert len(open_fds()) == fds + 1, "rings without a pin stay"
+        token = ring.pin(singles.address, 12 * 16 * PAGE_SIZE)
+        assert len(open_fds()) == fds + 3
+        first, second = (ring.pin(singles.address, PAGE_SIZE) for _ in range(2))
+        ring.unpin(first)
+        ring.unpin(token)
+        assert len(open_fds()) == fds + 2
+        assert _status_kib("VmPin") == before + 4
+        ring.unpin(second)
     assert len(open_fds()) == fds
 
 
