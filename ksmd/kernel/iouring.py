@@ -28,6 +28,7 @@ import ctypes
 import errno
 import os
 import secrets
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from types import TracebackType
 
@@ -120,6 +121,7 @@ class PinRing:
         self._adopted: set[int] = set()  # fds
         self._drops = False
         self._pins: dict[int, list[tuple[int, int]]] = {}
+        self._used: Counter[int] = Counter()  # fd -> slots that hold a pin
         self._next_token = 1
         self._grow()
 
@@ -178,18 +180,19 @@ class PinRing:
                             raise _explain(error) from error
                         break
         self._drops = True
-        self._drop_empty()
+        self._drop_empty(self._adopted)
 
-    def _drop_empty(self) -> None:
-        """Close rings without a pin; one of our own stays."""
-        used = {fd for pin in self._pins.values() for fd, _ in pin}
-        empty = [fd for fd in self._rings.values() if fd not in used | self._adopted][1:]
-        empty += self._adopted - used if self._drops else []
-        for fd in empty:
+    def _drop_empty(self, fds: Iterable[int]) -> None:
+        """Close those of some rings that have no pin; one of our own stays."""
+        for fd in set(fds):
+            ours = fd not in self._adopted
+            last = len(self._rings) - len(self._adopted) == 1
+            if self._used[fd] or (last if ours else not self._drops):
+                continue
             os.close(fd)
-        self._adopted.difference_update(empty)
-        self._free = [(fd, slot) for fd, slot in self._free if fd not in empty]
-        self._rings = {name: fd for name, fd in self._rings.items() if fd not in empty}
+            self._adopted.discard(fd)
+            self._free = [free for free in self._free if free[0] != fd]
+            self._rings = {name: kept for name, kept in self._rings.items() if kept != fd}
 
     def close(self) -> None:
         """Take every pin off, unless another process holds the rings too."""
@@ -199,6 +202,7 @@ class PinRing:
         self._rings.clear()
         self._free.clear()
         self._pins.clear()
+        self._used.clear()
 
     def _grow(self) -> None:
         try:
@@ -233,12 +237,15 @@ class PinRing:
         token = self._next_token
         self._next_token += 1
         self._pins[token] = slots
+        self._used.update(fd for fd, _ in slots)
         return token
 
     def unpin(self, token: int) -> None:
         """Take the pin *token* off. KeyError when there is none."""
-        self._clear(self._pins.pop(token))
-        self._drop_empty()
+        slots = self._pins.pop(token)
+        self._clear(slots)
+        self._used.subtract(fd for fd, _ in slots)
+        self._drop_empty(fd for fd, _ in slots)
 
     def _clear(self, slots: list[tuple[int, int]]) -> None:
         for fd, slot in slots:

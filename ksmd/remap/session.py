@@ -31,15 +31,17 @@ _RSEQ_CS_OFFSET: Final = 8
 class Session:
     """A stopped target with one borrowed thread. Use as a context manager: leaving releases it.
 
-    It has to stand still at *until* (time.monotonic): LateError.
+    It has to stand still at *until* (time.monotonic): LateError. ``stop_us``: microseconds until it
+    did, ``total_us``: until it ran again.
     """
 
     def __init__(self, target: TargetId, until: float) -> None:
         self.pid = target.pid
-        self._began = time.perf_counter()
         self._check_states(target)
+        self._began = time.perf_counter()
         self.stopped: Stopped = stop(self.pid, until)
         self.stop_us = self._elapsed_us()
+        self.total_us = 0.0
         self.resend: set[int] = set()
         self.pidfd = -1
         self._memory: Memory | None = None
@@ -78,6 +80,7 @@ class Session:
 
     def __exit__(self, *_: object) -> None:
         self.stopped.release()
+        self.total_us = self._elapsed_us()
         for number in self.resend:
             try:
                 os.kill(self.pid, number)

@@ -262,6 +262,8 @@ def stop(pid: int, until: float) -> Stopped:
             known.update(new)
             waiting: set[int] = set()
             for tid in new:
+                if time.monotonic() > until:  # there are very many
+                    raise LateError(stopped)
                 if _seize(stopped, tid):
                     waiting.add(tid)
                 # each is mended as soon as it stops, whatever the others do
