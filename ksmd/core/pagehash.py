@@ -22,12 +22,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
-from numpy.typing import NDArray
 
-from ksmd.core.sets import distinct
-
-U32 = NDArray[np.uint32]
-Index = NDArray[np.intp]
+from ksmd.core.rmap import U32, Bools, Index
+from ksmd.core.sets import among_ordered, distinct
 
 # Checksums that are gone through at a time: they stay in the second-level cache.
 _CHUNK = 1 << 16
@@ -87,8 +84,7 @@ class PageHash:
         again[1:] &= ~again[:-1]
         twice = sums[1:][again]
         asked = distinct(wanted)
-        at = np.minimum(np.searchsorted(sums, asked), sums.size - 1)
-        return distinct(np.concatenate((twice, asked[sums[at] == asked])))
+        return distinct(np.concatenate((twice, asked[among_ordered(asked, sums)])))
 
     def _defer(self, where: list[U32], checksums: U32) -> None:
         if not checksums.size:
@@ -136,15 +132,13 @@ class Finder:
         self._table[places[1:][shared]] = _CROWDED
         self._crowded = checksums[self._table[places] == _CROWDED]
 
-    def found(self, checksums: U32) -> NDArray[np.bool_]:
+    def found(self, checksums: U32) -> Bools:
         """Tell which of *checksums* are in the set; of 0 it tells nothing."""
         there = self._table.take(checksums >> self._shift)
-        found: NDArray[np.bool_] = there == checksums
+        found: Bools = there == checksums
         if self._crowded.size:
             unclear = np.flatnonzero(there == _CROWDED)
-            asked = checksums[unclear]
-            at = np.minimum(np.searchsorted(self._crowded, asked), self._crowded.size - 1)
-            found[unclear] = self._crowded[at] == asked
+            found[unclear] = among_ordered(checksums[unclear], self._crowded)
         return found
 
 

@@ -22,9 +22,13 @@ def distinct(numbers: NDArray[Any]) -> NDArray[Any]:
 
 def among(numbers: NDArray[Any], wanted: NDArray[Any]) -> NDArray[np.bool_]:
     """Tell which of *numbers* are among *wanted*, both in any order and of one type."""
-    if not wanted.size:
+    return among_ordered(numbers, np.sort(wanted))
+
+
+def among_ordered(numbers: NDArray[Any], ordered: NDArray[Any]) -> NDArray[np.bool_]:
+    """Do as :func:`among` where what is wanted is in order already."""
+    if not ordered.size:
         return np.zeros(numbers.shape, np.bool_)
-    ordered = np.sort(wanted)
     at = np.searchsorted(ordered, numbers)
     np.minimum(at, ordered.size - 1, out=at)
     found: NDArray[np.bool_] = ordered[at] == numbers

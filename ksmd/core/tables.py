@@ -1,8 +1,9 @@
 """The rmap and page hash tables of one trust domain: what each page was, and which may be equal.
 
 Promises. Memory is numpy columns only, never an object per page: 8.6 bytes per scanned page of
-dense memory at most (4 for the checksum, 4 in the page hash table, the rest for what is kept of a
-block), against 64 in the kernel. Neither table grows past the size it was given: what
+dense memory (4 for the checksum, 4 in the page hash table, the rest for what is kept of a block),
+and one more at most while changes wait to be merged, against 64 in the kernel. Neither table grows
+past the size it was given: what
 does not fit is skipped and counted. Every operation is a fixed number of passes over what it was
 given, with no Python loop over pages.
 

@@ -93,7 +93,12 @@ class Status:
         Where the kernel has no such namespaces, that is *outside*, the number that we know.
         """
         value = self._value(name)
-        return int(value.split()[-1]) if value is not None else outside
+        if value is None:
+            return outside
+        numbers = value.split()
+        if not numbers:
+            raise ValueError(f"status: its {name} is empty")
+        return int(numbers[-1])
 
 
 def parse_cgroup(data: bytes) -> str:

@@ -233,7 +233,7 @@ class Borrowed:
         started = time.perf_counter()
         self._running = True
         self._set(
-            rip=base, rsp=header_at - 64, rbx=header_at,
+            rip=base, rsp=_stack(header_at), rbx=header_at,
             rax=_MPROTECT, rdi=base + code_length, rsi=length - code_length, rdx=_READ_WRITE,
         )  # fmt: skip
         self._until(header_at, 1)
@@ -257,14 +257,16 @@ class Borrowed:
     def _until(self, header_at: int, phase: int) -> None:
         """Run the stub to that marker, or to a later one: after an error it skips some.
 
-        Its first marker comes without a phase where it has nothing that it can write to.
+        Where it has nothing that it can write to its one marker comes before the first phase, and
+        from its entry: nothing was pushed on the stack. Any other one like it is not the stub's.
         """
         while self._phase < phase:
             ptrace.cont(self._thread.tid)
             event, number = self._wait()
             if event == 0 and number == self._own.marker and self._is_ours():
                 self._phase = self._field(header_at, "phase")
-                if not self._phase:
+                registers = ptrace.getregs(self._thread.tid)
+                if not self._phase and registers.field("rsp") == _stack(header_at):
                     return
             else:
                 self._keep_signal(event, number)
@@ -321,6 +323,11 @@ class Borrowed:
             stub.field_of(header, "keep"),
             threads=len(self._session.stopped.threads),
         )
+
+
+def _stack(header_at: int) -> int:
+    """Give the end of the stub's stack, which lies below the header."""
+    return header_at - 64
 
 
 def _layout(batch: Batch) -> dict[str, int]:

@@ -209,7 +209,7 @@ def test_thread_that_does_not_stop_is_given_up_at_the_deadline(
     assert signals(program.pid) == before
 
 
-def test_thread_that_stops_late_is_let_go_then_and_the_others_at_once(
+def test_thread_that_stops_late_costs_no_tracer_and_everybody_goes_on(
     lab: Lab, start: StartMode, faulty_tracer: UseTracer
 ) -> None:
     program = start("vfork", "80")

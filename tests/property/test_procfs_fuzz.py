@@ -12,12 +12,23 @@ from hypothesis import strategies as st
 from ksmd.kernel import proctext, risks
 from ksmd.model.vma import Vma
 
+
+def status_masks(data: bytes) -> object:
+    return proctext.Status(data).masks("SigPnd", "SigCgt")
+
+
+def status_numbers(data: bytes) -> object:
+    return proctext.Status(data).own("NSpid", 7)
+
+
 PARSERS: list[Callable[[bytes], object]] = [
     proctext.parse_stat,
     proctext.parse_maps,
     proctext.parse_smaps,
     proctext.parse_fields,
     proctext.parse_cgroup,
+    status_masks,
+    status_numbers,
     risks.is_x86_64_header,
 ]
 
@@ -28,6 +39,9 @@ LINES = [
     b"Size:  4 kB\n",
     b"VmFlags: rd wr mr mw me ac \n",
     b"0::/a.service\n",
+    b"\nSigPnd:\t0000000000000000\n",
+    b"\nSigCgt:\t",
+    b"\nNSpid:\t41\t7\n",
     b"\x7fELF\x02\x01",
     b"99999999999999999999999999999999 (",
     b"\n\n",
@@ -43,6 +57,7 @@ soup = st.lists(st.sampled_from(LINES) | st.binary(max_size=20), max_size=12).ma
 @example(data=b"1000-2000 rw-p 0 00:00 0  \xff\n")
 @example(data=b"1 (" + b"9" * 5000 + b") S" + b" 9" * 30)
 @example(data=b"1 (x) S " + b" ".join([b"9" * 5000] * 30))
+@example(data=b"Name:\tx\nNSpid:\nSigPnd:\nSigCgt:\n")
 def test_no_input_raises_anything_but_value_error(
     parser: Callable[[bytes], object], data: bytes
 ) -> None:
