@@ -30,20 +30,26 @@
 /* New pid, mount and network namespaces, /proc gone. Returns in the new process only. */
 static void enter_namespaces(void)
 {
-	int status;
+	int status, told[2];
 	pid_t child;
+	char nothing;
 
-	must(unshare(CLONE_NEWPID | CLONE_NEWNS | CLONE_NEWNET) == 0, "unshare");
+	must(unshare(CLONE_NEWPID | CLONE_NEWNS | CLONE_NEWNET) == 0 && pipe(told) == 0, "unshare");
 	must((child = fork()) >= 0, "fork");
 	if (child) { /* tells the pid as seen from outside, then waits in the victim's stead */
 		printf("pid %d\n", child);
 		fflush(stdout);
+		close(told[0]);
+		close(told[1]);
 		close(0);
 		close(1);
 		while (waitpid(child, &status, 0) < 0)
 			;
 		_exit(WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status));
 	}
+	close(told[1]);
+	must(read(told[0], &nothing, 1) == 0, "wait for the pid to be told"); /* before "ready" */
+	close(told[0]);
 	must(mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL) == 0, "make / private");
 	must(umount2("/proc", MNT_DETACH) == 0, "umount /proc");
 }
