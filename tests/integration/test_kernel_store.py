@@ -53,7 +53,8 @@ def _status_kib(name: str) -> int:
 
 def _own_smaps(extent: ExtentMap) -> dict[str, str]:
     lines = procfs.read_process(os.getpid(), "smaps").split(b"\n")
-    start = next(i for i, line in enumerate(lines) if b" %d " % extent.inode in line)
+    ours = b" %d " % extent.inode  # in the line with the name: "132 kB" is no inode
+    start = next(i for i, line in enumerate(lines) if b"/memfd:" in line and ours in line)
     return proctext.parse_fields(b"\n".join(lines[start + 1 : start + 25]))
 
 
