@@ -19,16 +19,23 @@ from xxhash import xxh3_64_intdigest
 
 from ksmd.model.units import PAGE_SIZE
 
-#: Never the checksum of a page: the tables use it for "no page here". A real 0 becomes 1.
+#: Never checksums of a page: the tables use them for "no page here" and "not known". Real ones of
+#: these become their neighbours.
 NO_CHECKSUM = 0
+UNKNOWN_CHECKSUM = 0xFFFF_FFFF
 
 _LOW32 = np.uint64(0xFFFF_FFFF)
 
 
 def low32(sums: NDArray[np.uint64]) -> NDArray[np.uint32]:
-    """Return the 32 bits that the tables keep of each 64-bit checksum, never NO_CHECKSUM."""
-    kept = (sums & _LOW32).astype(np.uint32)
-    return np.maximum(kept, 1, out=kept)
+    """Return the 32 bits that the tables keep of each 64-bit checksum."""
+    return real((sums & _LOW32).astype(np.uint32))
+
+
+def real(sums: NDArray[np.uint32]) -> NDArray[np.uint32]:
+    """Return *sums*, none of which means more to the tables than itself."""
+    lowest, highest = np.uint32(NO_CHECKSUM + 1), np.uint32(UNKNOWN_CHECKSUM - 1)
+    return np.minimum(np.maximum(sums, lowest), highest)
 
 
 def sums64_of(view: memoryview, seed: int) -> NDArray[np.uint64]:

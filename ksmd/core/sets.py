@@ -27,9 +27,16 @@ def among(numbers: NDArray[Any], wanted: NDArray[Any]) -> NDArray[np.bool_]:
 
 def among_ordered(numbers: NDArray[Any], ordered: NDArray[Any]) -> NDArray[np.bool_]:
     """Do as :func:`among` where what is wanted is in order already."""
+    return places_in(numbers, ordered)[1]
+
+
+def places_in(
+    numbers: NDArray[Any], ordered: NDArray[Any]
+) -> tuple[NDArray[np.intp], NDArray[np.bool_]]:
+    """Give where each of *numbers* is among *ordered* ones, and whether it is there at all."""
     if not ordered.size:
-        return np.zeros(numbers.shape, np.bool_)
+        return np.zeros(numbers.shape, np.intp), np.zeros(numbers.shape, np.bool_)
     at = np.searchsorted(ordered, numbers)
     np.minimum(at, ordered.size - 1, out=at)
     found: NDArray[np.bool_] = ordered[at] == numbers
-    return found
+    return at, found

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from ksmd.core.checksum import UNKNOWN_CHECKSUM, real
 from ksmd.core.pagehash import Finder, PageHash
 from ksmd.core.rmap import (
     BLOCK_PAGES,
@@ -129,7 +130,7 @@ class PageTables:
         self._forget_absent(table, first_page, end_page, cut)
         if not pages.size:
             return np.empty(0, np.uint8)
-        return self._place(table, cut, np.maximum(checksums, np.uint32(1)), eager, now)
+        return self._place(table, cut, real(checksums), eager, now)
 
     def awake(
         self,
@@ -202,6 +203,33 @@ class PageTables:
         if table is not None:
             at, there = table.find(PageBits(_ascending(pages)).keys)
             self._blocks.wake(table.blocks[at[there]])
+
+    def remembered(self, slot: int, pages: U64) -> U32:
+        """Return the last checksum of each of *pages* (ascending) of a target.
+
+        0 where the table has none, UNKNOWN_CHECKSUM where it is in doubt.
+        """
+        table = self._maps.get(slot)
+        if table is None or not pages.size:
+            return np.zeros(pages.size, np.uint32)
+        return self._last(table, PageBits(pages))
+
+    def doubt(self, slot: int, pages: U64) -> None:
+        """Take the checksums of *pages* (any order) of a target for unknown: as if never read."""
+        table = self._maps.get(slot)
+        if table is None or not pages.size:
+            return
+        cut = PageBits(_ascending(pages))
+        at, there = table.find(cut.keys)
+        if not there.any():
+            return
+        blocks = table.blocks[at[there]]
+        bits = cut.all_bits()[there] & self._blocks.present(blocks)
+        self._leave_page_hash(blocks, bits & self._blocks.stable[blocks])
+        self._blocks.stable[blocks] &= ~bits
+        self._blocks.flat()[rows_of(blocks, bits)] = UNKNOWN_CHECKSUM
+        self._blocks.wake(blocks)
+        self.version += 1
 
     def _enter(self, slot: int, seqnr: int) -> BlockMap:
         table = self._maps.setdefault(slot, BlockMap())
@@ -323,8 +351,9 @@ class PageTables:
         """Compare the pages with their rows and update both tables."""
         old, fits = self._admit(table, cut)
         known = old != 0
-        changed = known & (old != checksums)
-        same = known & ~changed
+        fresh = fits | (old == UNKNOWN_CHECKSUM)
+        changed = known & ~fresh & (old != checksums)
+        same = known & ~fresh & ~changed
         # Blocks that could not be had stand in as block 0: no page of theirs passes the masks.
         at, there = table.find(cut.keys)
         blocks = np.zeros(cut.keys.size, np.uint32)
@@ -333,20 +362,20 @@ class PageTables:
         was_stable = known & ((self._blocks.stable[blocks][cut.which] & cut.bit) != 0)
         leaves = changed & was_stable
         self._hash.remove(old[leaves])
-        ripe = (same & ~was_stable) | fits if eager else same & ~was_stable
+        ripe = (same & ~was_stable) | fresh if eager else same & ~was_stable
         joins = _first(ripe, self.page_hash_size - len(self._hash))
         self._hash.add(checksums[joins])
-        self._blocks.flat()[rows[fits | changed]] = checksums[fits | changed]
-        self.version += bool(fits.any() or changed.any() or joins.any())
+        self._blocks.flat()[rows[fresh | changed]] = checksums[fresh | changed]
+        self.version += bool(fresh.any() or changed.any() or joins.any())
         held = blocks[there]
         self._blocks.stable[held] &= ~cut.bits(leaves)[there]
         self._blocks.stable[held] |= cut.bits(joins)[there]
         self._blocks.seen[held] |= cut.bits(known | fits)[there]
         self._blocks.rest(held, cut.keys[there], cut.bits(~same)[there] == 0, now)
         answer = np.full(known.size, Seen.TABLE_FULL, np.uint8)
-        answer[fits] = Seen.NEW
+        answer[fresh] = Seen.NEW
         answer[changed] = Seen.VOLATILE
-        answer[(same & was_stable) | (joins & ~fits)] = Seen.STABLE
+        answer[(same & was_stable) | (joins & ~fresh)] = Seen.STABLE
         self.skipped += int(np.count_nonzero(answer == Seen.TABLE_FULL))
         return answer
 
@@ -355,12 +384,8 @@ class PageTables:
 
         Returns the last checksum of every page (uint32, 0 for none) and which pages got a row.
         """
-        at, there = table.find(cut.keys)
-        old = np.zeros(cut.which.size, np.uint32)
-        have = there[cut.which]
-        blocks = table.blocks[at] if there.any() else np.zeros(at.size, np.uint32)
-        rows = blocks[cut.which[have]].astype(np.intp) * BLOCK_PAGES + cut.offset[have]
-        old[have] = self._blocks.flat()[rows]
+        _, there = table.find(cut.keys)
+        old = self._last(table, cut)
         possible = there | _first(~there, self._blocks.room)
         fits = _first((old == 0) & possible[cut.which], self.rmap_size - self._rows)
         needed = np.zeros(cut.keys.size, np.bool_)
@@ -370,6 +395,16 @@ class PageTables:
             table.insert(cut.keys[missing], self._blocks.take(missing.size))
         self._rows += int(np.count_nonzero(fits))
         return old, fits
+
+    def _last(self, table: BlockMap, cut: PageBits) -> U32:
+        """Return the last checksum of every page; 0 for none."""
+        at, there = table.find(cut.keys)
+        old = np.zeros(cut.which.size, np.uint32)
+        have = there[cut.which]
+        blocks = table.blocks[at] if there.any() else np.zeros(at.size, np.uint32)
+        rows = blocks[cut.which[have]].astype(np.intp) * BLOCK_PAGES + cut.offset[have]
+        old[have] = self._blocks.flat()[rows]
+        return old
 
 
 def _runs(keys: U64) -> tuple[Index, Index]:

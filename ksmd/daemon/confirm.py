@@ -39,7 +39,7 @@ def confirmed(
     sound = bad[end] == bad[first]
     if not sound.all():
         refused[Reason.CHANGED] += int(counts[~sound].sum())
-        domain.tables.wake(target.slot, pages_of(records[~sound]))
+        domain.unequal(target.slot, pages_of(records[~sound]))
         records, counts, first = records[sound], counts[sound], first[sound]
     own = _own(target, records)
     refused[Reason.FORK_SHARED] += int(counts[~own].sum())
@@ -48,7 +48,7 @@ def confirmed(
     same: NDArray[np.bool_] = (found == _expected(domain, extent, first, counts)).all(axis=1)
     if not same.all():
         refused[Reason.DIGEST] += int(counts[~same].sum())
-        domain.tables.wake(target.slot, pages_of(records[~same]))
+        domain.unequal(target.slot, pages_of(records[~same]))
     return records[same]
 
 

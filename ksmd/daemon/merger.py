@@ -170,14 +170,36 @@ class Merger:
                     looked.append(user)
                     yield result
                 users = without_lonely(looked, extent, result.refused) if number in new else looked
-                for target, ground, records in users:
-                    yield from self._open_windows(
-                        domain, target, ground, extent, records, asked, result
-                    )
+                yield from self._map(domain, extent, users, number in new, asked, result)
         finally:
             if self._ahead is not None:
                 self._ahead.give_up()
                 self._ahead = None
+
+    def _map(
+        self,
+        domain: Domain,
+        extent: Extent,
+        users: list[User],
+        new: bool,
+        asked: Asked,
+        result: MergeResult,
+    ) -> Iterator[MergeResult]:
+        """Have an extent mapped by one after the other.
+
+        First those of whom something was foretold: where that turns out wrong, and the extent is
+        *new*, nobody else is stopped to map pages alone.
+        """
+        users = sorted(users, key=lambda user: not domain.foretold(user[0], user[2]).any())
+        while users:
+            target, ground, records = users[0]
+            carried = yield from self._open_windows(
+                domain, target, ground, extent, records, asked, result
+            )
+            if new and sum(map(len, carried)) < len(records):
+                users[0] = target, ground, np.concatenate((records[:0], *carried))
+                users = without_lonely(users, extent, result.refused)
+            del users[0]
 
     def _meanwhile(self) -> None:
         """While a window is at work: go on with the next extent, if a processor is free for that.
@@ -219,6 +241,7 @@ class Merger:
             if not (living and len(mine) and self._windows.may_stop(target, asked)):
                 continue
             records = merge_records(mine, target.ground, self._settings.window.max_pages)
+            records = self._windows.credible(domain, target, records)
             try:
                 records = confirmed(domain, target, extent, records, result.refused)
                 users.append((target, target.ground, records))
@@ -236,22 +259,26 @@ class Merger:
         records: Records,
         asked: Asked,
         result: MergeResult,
-    ) -> Iterator[MergeResult]:
-        if not len(records) or target.slot not in self._targets.by_slot:
-            return
+    ) -> Generator[MergeResult, None, list[Records]]:
+        """Carry *records* out, within what may be; gives those that were."""
         carried: list[Records] = []
+        if not len(records) or target.slot not in self._targets.by_slot:
+            return carried
         try:
             huge = huge_blocks(target, records) if target.huge else frozenset()
             runs = 0 if extent is not None else _ZERO_RUNS
             for batch in self._windows.cut(target, records, runs):
                 if target.slot not in self._targets.by_slot:
-                    return
+                    break
                 if not self._windows.may_stop(target, asked):
-                    return
+                    break
                 if target.ground is not ground:
-                    return  # read anew meanwhile: a range may have been taken back by its program
+                    break  # read anew meanwhile: a range may have been taken back by its program
                 if extent is not None and extent.number not in domain.store.extents:
-                    return
+                    break
+                batch = self._windows.credible(domain, target, batch)  # noqa: PLW2901
+                if not len(batch):
+                    continue
                 split_cut(target, batch, huge)
                 done = self._windows.attempt(target, extent, batch, asked, result, self._meanwhile)
                 if done is not None:
@@ -261,6 +288,7 @@ class Merger:
             self._targets.drop(target)
         finally:
             self._windows.forget(domain, target, carried)
+        return carried
 
     def _fill(
         self, domain: Domain, planned: ExtentPlan, result: MergeResult

@@ -15,6 +15,7 @@ import numpy as np
 
 from ksmd.core.cursor import Piece
 from ksmd.core.spans import Spans
+from ksmd.daemon.foretelling import look
 from ksmd.daemon.reader import Reader
 from ksmd.daemon.state import Target
 from ksmd.daemon.targets import Targets
@@ -88,6 +89,7 @@ class Scanner:
         seqnr = self._seqnr
         self._budget = pages_to_scan
         for domain in self._targets.domains.values():
+            domain.foresight.begin()
             if domain.sieve.begin():
                 domain.tables.clear()
                 for one in self._targets:
@@ -203,7 +205,10 @@ class Scanner:
             found = present.pages[areas.find(present.pages)[1]]
             pages = found[target.pagemap.exclusive_of(found)]
             result.refused[Reason.FORK_SHARED] += len(found) - len(pages)
-            pages, checksums = self._reader.read(target.memory, pages, domain.seed, at_once=eager)
+            if eager:
+                pages, checksums = look(self._reader, domain, target, pages)
+            else:
+                pages, checksums = self._reader.read(target.memory, pages, domain.seed)
             if not out_of_turn:
                 mine = domain.sieve.choose(pages, checksums)
                 result.refused[Reason.TABLE_FULL] += int(np.count_nonzero(~mine))

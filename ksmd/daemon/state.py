@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from ksmd.core.checksum import sums_of, zero_sum
 from ksmd.core.digest import HeadDigest, Sha1Cache
 from ksmd.core.eligibility import RefusedRanges
+from ksmd.core.foresight import Foresight
 from ksmd.core.ledger import StopTimes
 from ksmd.core.price import WindowPrice, all_prices
 from ksmd.core.selection import Selected
@@ -21,7 +22,7 @@ from ksmd.core.sets import distinct
 from ksmd.core.sieve import Sieve
 from ksmd.core.strangers import Strangers
 from ksmd.core.tables import PageTables
-from ksmd.core.windows import Ground
+from ksmd.core.windows import Ground, Records
 from ksmd.kernel.iouring import PinRing
 from ksmd.kernel.memory import Memory
 from ksmd.kernel.pagemap import PageMap
@@ -29,6 +30,7 @@ from ksmd.model.plan import Plan
 from ksmd.model.process import TargetId
 from ksmd.model.refusal import Reason
 from ksmd.model.tables import SITES
+from ksmd.model.units import PAGE_SHIFT
 from ksmd.model.vma import Kind, Vma
 from ksmd.model.vmas import Areas, Vmas
 from ksmd.model.window import Op
@@ -58,6 +60,7 @@ _FIRST_PAUSE_SECS = 5.0
 _MISSES = 4
 _DIGEST_ENTRY = 32  # bytes; entries that were never used take no memory
 _LONGEST_PAUSE_SECS = 600.0
+_SHIFT = np.uint64(PAGE_SHIFT)
 
 
 class Tell(Protocol):
@@ -154,6 +157,7 @@ class Target:
     count_spent: tuple[int, ...] = ()
     still_since: int | None = None  # scanner's seconds: from then on the first was the same
     settled: tuple[Ground, float] | None = None  # all of that was scanned then, and had settled
+    foreseeable: bool = True  # what was foretold of its pages (core/foresight.py) has come true
     huge: bool = False  # it had huge pages, when that was looked at last
     handles_faults: bool = False  # by a userfaultfd of its own, when its maps were read last
     mappings: Merged = field(default_factory=lambda: Merged(Vmas.of(()), {}))
@@ -225,11 +229,30 @@ class Domain:
         self.tables = PageTables(sizes.rmap_hash_size, sizes.page_hash_size)
         self.sieve = Sieve(min(sizes.rmap_hash_size, sizes.page_hash_size))
         self.zero = zero_sum(self.seed)  # checksum of a page of zeros
+        self.foresight = Foresight(self.zero)
         self.strangers = Strangers()
         self.idle: tuple[tuple[object, ...], Plan] | None = None  # see Merger.plan
         self.digest = HeadDigest(secrets.token_bytes(32))
         self.sha1_cache = Sha1Cache(sizes.sha1_hash_size)
         self.store = Store(name, self._sums, ring, keeper)
+
+    def unequal(self, slot: int, pages: NDArray[np.uint64]) -> None:
+        """Take note that *pages* (any order) of a target are not what their checksums say."""
+        self.tables.wake(slot, pages)
+        self.tables.doubt(slot, pages[self.foresight.foretold(slot).find(pages)[1]])
+
+    def foretold(self, target: Target, records: Records) -> NDArray[np.bool_]:
+        """Tell which of *records* hold pages whose checksums were foretold in this scan."""
+        low, high = records["start"] >> _SHIFT, (records["start"] + records["length"]) >> _SHIFT
+        held = np.zeros(len(records), np.bool_)
+        held[self.foresight.foretold(target.slot).cut(low, high)[0]] = True
+        return held
+
+    def doubt_foretold(self, target: Target) -> None:
+        """Have everything read that was foretold of a target in this scan."""
+        spans = self.foresight.foretold(target.slot)
+        for first, end in zip(spans.starts.tolist(), spans.ends.tolist(), strict=True):
+            self.tables.doubt(target.slot, np.arange(first, end, dtype=np.uint64))
 
     def _sums(self, view: memoryview) -> NDArray[np.uint32]:
         return sums_of(view, self.seed)

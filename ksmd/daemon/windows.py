@@ -186,8 +186,7 @@ class Windows:
             return none
         for index, reason in done.reasons.items():
             result.refused[reason] += int(done.records["length"][index]) >> PAGE_SHIFT
-        if done.reasons:
-            domain.tables.wake(target.slot, pages_of(done.records[~done.done]))
+        self._compare_foretold(domain, target, done)
         carried = done.records[done.done]
         if not len(carried):
             return none
@@ -203,6 +202,25 @@ class Windows:
             target.emptied.append(pages_of(carried))
         self._targets.tell("merged", target, npages)
         return carried
+
+    @staticmethod
+    def _compare_foretold(domain: Domain, target: Target, done: WindowResult) -> None:
+        """Take note of what could not be carried out: what was foretold wrong is to be read."""
+        assert done.done is not None
+        if done.reasons:
+            domain.unequal(target.slot, pages_of(done.records[~done.done]))
+        changed = [index for index, reason in done.reasons.items() if reason is Reason.CHANGED]
+        told = domain.foretold(target, done.records)
+        if not domain.foresight.came_true(target.slot, int(told.sum()), int(told[changed].sum())):
+            target.foreseeable = False
+            domain.doubt_foretold(target)
+
+    @staticmethod
+    def credible(domain: Domain, target: Target, records: Records) -> Records:
+        """Give those of *records* that do not rest on what is known by now to be foretold badly."""
+        if target.foreseeable:
+            return records
+        return records[~domain.foretold(target, records)]
 
     def forget(self, domain: Domain, target: Target, carried: list[Records]) -> None:
         """Take what windows have merged out of the tables: at once, which spares most of the work.

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from ksmd.core import pagehash, rmap, tables
+from ksmd.core.checksum import UNKNOWN_CHECKSUM
 from ksmd.core.tables import PageTables
 from ksmd.model.tables import Seen
 
@@ -61,14 +62,17 @@ class TablesAgainstDict(RuleBasedStateMachine):
             del self.model[slot, page]
             self.calm.pop((slot, page >> 6), None)
 
-    def expect(self, slot: int, page: int, checksum: int) -> Seen:
+    def expect(self, slot: int, page: int, checksum: int, eager: bool) -> Seen:
         checksum = max(checksum, 1)
         seqnr = self.seqnr[slot]
         row = self.model.get((slot, page))
         if row is None:
             if len(self.model) >= RMAP_SIZE:
                 return Seen.TABLE_FULL
-            self.model[slot, page] = [checksum, 0, seqnr]
+            self.model[slot, page] = [checksum, eager and self.stable() < HASH_SIZE, seqnr]
+            return Seen.NEW
+        if row[0] == UNKNOWN_CHECKSUM:
+            row[:] = [checksum, eager and self.stable() < HASH_SIZE, seqnr]
             return Seen.NEW
         if row[0] != checksum:
             row[:] = [checksum, 0, seqnr]
@@ -82,9 +86,10 @@ class TablesAgainstDict(RuleBasedStateMachine):
     @rule(
         slot=SLOTS,
         span=st.lists(st.sampled_from(PAGES), min_size=2, max_size=2, unique=True).map(sorted),
+        eager=st.booleans(),
         data=st.data(),
     )
-    def observe(self, slot: int, span: list[int], data: st.DataObject) -> None:
+    def observe(self, slot: int, span: list[int], eager: bool, data: st.DataObject) -> None:
         first, end = span
         inside = [page for page in PAGES if first <= page < end]
         read = data.draw(st.dictionaries(st.sampled_from(inside), SUMS))
@@ -97,6 +102,7 @@ class TablesAgainstDict(RuleBasedStateMachine):
             np.array(pages, np.uint64),
             np.array([read[page] for page in pages], np.uint32),
             self.seqnr[slot],
+            eager=eager,
             now=self.now,
         )
         self.drop([k for k in self.model if k[0] == slot and k[1] in inside and k[1] not in read])
@@ -105,7 +111,7 @@ class TablesAgainstDict(RuleBasedStateMachine):
             row = self.model.get((slot, page))
             if row is not None and row[0] != max(read[page], 1):
                 row[1] = 0
-        expected = [self.expect(slot, page, read[page]) for page in pages]
+        expected = [self.expect(slot, page, read[page], eager) for page in pages]
         self.skipped += expected.count(Seen.TABLE_FULL)
         assert answer.tolist() == expected
         for block in {page >> 6 for page in pages}:
@@ -114,6 +120,21 @@ class TablesAgainstDict(RuleBasedStateMachine):
                 self.calm[slot, block] = since, self.now
             else:
                 self.calm.pop((slot, block), None)
+
+    @rule(slot=SLOTS, pages=st.lists(st.sampled_from(PAGES)))
+    def doubt(self, slot: int, pages: list[int]) -> None:
+        self.tables.doubt(slot, np.array(pages, np.uint64))
+        for page in pages:
+            if row := self.model.get((slot, page)):
+                row[:2] = UNKNOWN_CHECKSUM, 0
+            if (slot, page) in self.model:
+                self.calm.pop((slot, page >> 6), None)
+
+    @rule(slot=SLOTS)
+    def remembered(self, slot: int) -> None:
+        found = self.tables.remembered(slot, np.array(PAGES, np.uint64)).tolist()
+        rows = [self.model.get((slot, page)) for page in PAGES]
+        assert found == [row[0] if row else 0 for row in rows]
 
     @rule(seconds=st.integers(0, 600))
     def time_goes_by(self, seconds: int) -> None:

@@ -1,0 +1,145 @@
+"""What a page holds, told from its neighbours: so that equal memory is read once, not twice.
+
+Who merges reads every page twice, once for its checksum and once for the byte compare that decides.
+Where processes hold the same arrays, the first is mostly spared: when one of sixteen pages equals,
+each time, the page that lies as far away in memory that was read before, those between them most
+likely do, too. Their checksums are taken from there, as foretold. Such a checksum is a candidate
+like any other, and no more; where the compare finds that it was wrong, the page counts as not read.
+
+How far away is found by landmarks: pages whose checksum is a multiple of some number. So the same
+pages are landmarks wherever they lie.
+
+Pure, and kept for one full scan only; what was foretold is known until the next one begins.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ksmd.core.rmap import U32, U64, Bools
+from ksmd.core.spans import Spans
+
+#: Every so many pages one is read where the rest may be foretold.
+STRIDE = 16
+#: One of so many pages is a landmark.
+_LANDMARKS = np.uint32(64)
+#: Landmarks that must lie equally far from their likes, at the least, and of all that have any.
+_LEAST_VOTES, _LEAST_SHARE = 3, 0.6
+#: Of the pages that were read so many must be what was expected; else a source is given up.
+_LEAST_RIGHT = 0.5
+#: Of a target's foretold records that were compared one in so many may be wrong, or so many in all.
+_MOST_WRONG, _SOME_WRONG = 4, 2
+
+
+class Source(NamedTuple):
+    """Where the likes of a target's pages are: in target ``slot``, ``ahead`` pages further up."""
+
+    slot: int
+    ahead: int
+
+    def of(self, pages: U64) -> U64:
+        """Give the likes of *pages* (uint64), which may lie anywhere, or nowhere."""
+        return (pages.astype(np.int64) + self.ahead).astype(np.uint64)
+
+
+class Foresight:
+    """Landmarks of one trust domain in the scan that is under way, and what was foretold in it."""
+
+    def __init__(self, zero: int) -> None:
+        """*zero*: the checksum of pages of zeros, which are alike everywhere."""
+        self._zero = np.uint32(zero)
+        self.begin()
+
+    def begin(self) -> None:
+        """Begin a scan: what was known is of the past."""
+        self._sums: U32 = np.empty(0, np.uint32)
+        self._slots: U32 = np.empty(0, np.uint32)
+        self._pages: U64 = np.empty(0, np.uint64)
+        self._sources: dict[int, Source] = {}
+        self._foretold: dict[int, list[tuple[int, int]]] = {}
+        self._records: dict[int, tuple[int, int]] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the landmarks."""
+        return self._sums.nbytes + self._slots.nbytes + self._pages.nbytes
+
+    def source(self, slot: int) -> Source | None:
+        """Give where the likes of a target's next pages are thought to be."""
+        return self._sources.get(slot)
+
+    def learn(self, slot: int, pages: U64, checksums: U32) -> None:
+        """Take in pages of a target that were read: landmarks, and where their likes are."""
+        chosen = (checksums % _LANDMARKS == 0) & (checksums != self._zero)
+        pages, checksums = pages[chosen], checksums[chosen]
+        if not pages.size:
+            return
+        order = np.argsort(checksums, kind="stable")
+        pages, checksums = pages[order], checksums[order]
+        if slot not in self._sources:
+            self._seek(slot, pages, checksums)
+        at = np.searchsorted(self._sums, checksums, side="right")  # behind its likes
+        slots = np.full(pages.size, slot, np.uint32)
+        self._sums = np.insert(self._sums, at, checksums)
+        self._slots = np.insert(self._slots, at, slots)
+        self._pages = np.insert(self._pages, at, pages)
+
+    def _seek(self, slot: int, pages: U64, checksums: U32) -> None:
+        """Let those landmarks vote that were seen before; of its likes the first counts."""
+        if not self._sums.size:
+            return
+        at = np.minimum(np.searchsorted(self._sums, checksums), self._sums.size - 1)
+        known = self._sums[at] == checksums
+        at, pages = at[known], pages[known]
+        votes = np.empty((at.size, 2), np.int64)
+        votes[:, 0] = self._slots[at]
+        votes[:, 1] = self._pages[at].astype(np.int64) - pages.astype(np.int64)
+        votes = votes[(votes[:, 0] != slot) | (votes[:, 1] != 0)]
+        if not len(votes):
+            return
+        votes = votes[np.lexsort(votes.T)]
+        first = np.flatnonzero(np.append(True, (votes[1:] != votes[:-1]).any(axis=1)))
+        counts = np.diff(first, append=len(votes))
+        most = int(np.argmax(counts))
+        if counts[most] >= max(_LEAST_VOTES, _LEAST_SHARE * len(votes)):
+            self._sources[slot] = Source(*votes[first[most]].tolist())
+
+    def foretell(self, slot: int, pages: U64, samples: NDArray[np.intp], right: Bools) -> Bools:
+        """Tell which of *pages* need not be read: those between samples that are as expected.
+
+        *samples*: indexes of pages that were read, ascending, the first and the last among them;
+        *right*: which of them were what their source says. Gives up the source where few were.
+        """
+        if np.count_nonzero(right) < _LEAST_RIGHT * right.size:
+            del self._sources[slot]
+        between = np.zeros(pages.size, np.bool_)
+        good = right[1:] & right[:-1]
+        steps = np.zeros(pages.size + 1, np.int8)
+        steps[samples[:-1][good] + 1] += 1
+        steps[samples[1:][good]] -= 1
+        between[:] = np.cumsum(steps[:-1]) > 0
+        ends = np.flatnonzero(np.diff(good, prepend=False, append=False)).reshape(-1, 2)
+        low, high = pages[samples[ends[:, 0]]], pages[samples[ends[:, 1]]]
+        self._foretold.setdefault(slot, []).extend(
+            (int(first), int(last) + 1) for first, last in zip(low, high, strict=True)
+        )
+        return between
+
+    def foretold(self, slot: int) -> Spans:
+        """Give the pages of a target of which something was foretold in this scan."""
+        return Spans(self._foretold.get(slot, ()))
+
+    def came_true(self, slot: int, records: int, wrong: int) -> bool:
+        """Tell, after so many more *records* of a target were compared, if guesses are worth it."""
+        before, wrong_before = self._records.get(slot, (0, 0))
+        records, wrong = records + before, wrong + wrong_before
+        self._records[slot] = records, wrong
+        return wrong <= _SOME_WRONG or wrong * _MOST_WRONG <= records
+
+
+def samples_of(npages: int) -> NDArray[np.intp]:
+    """Give the indexes of the pages to read of *npages*, where the others may be foretold."""
+    return np.append(np.arange(0, npages - 1, STRIDE), npages - 1)
