@@ -83,9 +83,9 @@ class Service:
             self.server.close()
             raise
         self._pager = self._guardian.pager
-        pages = psutil.virtual_memory().available // 4096
+        sizes = given.settings.resolved_tables(psutil.virtual_memory().available // 4096)
         ring = PinRing()
-        targets = Targets(given.settings, given.settings.resolved_tables(pages), ring, self._pager)
+        targets = Targets(given.settings, sizes, ring, self._pager, Path(f"{name}.folios"))
         self.pipeline = Pipeline(targets, self._engine, self._pager)
         self._know_ours()
         state = self.manager.state_directory

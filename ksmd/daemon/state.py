@@ -26,6 +26,7 @@ from ksmd.core.windows import Ground, Records
 from ksmd.kernel.iouring import PinRing
 from ksmd.kernel.memory import Memory
 from ksmd.kernel.pagemap import PageMap
+from ksmd.kernel.thp import LargeFolios
 from ksmd.model.plan import Plan
 from ksmd.model.process import TargetId
 from ksmd.model.refusal import Reason
@@ -223,7 +224,14 @@ class Target:
 class Domain:
     """A trust domain: pages merge only inside one. Seed and key are secrets of this run."""
 
-    def __init__(self, name: str, sizes: TableSizes, ring: PinRing, keeper: Keeper) -> None:
+    def __init__(
+        self,
+        name: str,
+        sizes: TableSizes,
+        ring: PinRing,
+        keeper: Keeper,
+        folios: LargeFolios | None = None,
+    ) -> None:
         self.name = name
         self.seed = secrets.randbits(64)
         self.tables = PageTables(sizes.rmap_hash_size, sizes.page_hash_size)
@@ -234,7 +242,7 @@ class Domain:
         self.idle: tuple[tuple[object, ...], Plan] | None = None  # see Merger.plan
         self.digest = HeadDigest(secrets.token_bytes(32))
         self.sha1_cache = Sha1Cache(sizes.sha1_hash_size)
-        self.store = Store(name, self._sums, ring, keeper)
+        self.store = Store(name, self._sums, ring, keeper, folios)
 
     def unequal(self, slot: int, pages: NDArray[np.uint64]) -> None:
         """Take note that *pages* (any order) of a target are not what their checksums say."""

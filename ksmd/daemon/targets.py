@@ -8,12 +8,14 @@ when a read or a window finds it gone.
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from pathlib import Path
 
 from ksmd.core.eligibility import areas
 from ksmd.core.inherit import flagged_as_before
@@ -29,6 +31,7 @@ from ksmd.kernel.iouring import PinRing
 from ksmd.kernel.memfd import ExtentMap
 from ksmd.kernel.memory import Memory
 from ksmd.kernel.pagemap import PageMap
+from ksmd.kernel.thp import LargeFolios
 from ksmd.model.errors import KsmdError, PrivilegeError, TargetGoneError
 from ksmd.model.process import ProcessInfo, TargetId
 from ksmd.model.refusal import Reason, Refusal
@@ -37,6 +40,8 @@ from ksmd.model.vmas import Vmas
 from ksmd.remap.engine import TargetContexts
 from ksmd.remap.store import Extent
 from ksmd.settings.values import Settings, TableSizes
+
+log = logging.getLogger(__name__)
 
 #: What is registered of one process, or of all (None): one entry for each process.
 Registered = Callable[[TargetId | None], Iterable[Selected]]
@@ -53,7 +58,15 @@ _TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 class Targets:
     """All targets by slot, and their domains by name."""
 
-    def __init__(self, settings: Settings, sizes: TableSizes, ring: PinRing, pager: Pager) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        sizes: TableSizes,
+        ring: PinRing,
+        pager: Pager,
+        folios_note: Path | None = None,
+    ) -> None:
+        """*folios_note*: where to note that a setting is changed; None: none is (LargeFolios)."""
         self.settings = settings
         self.domains: dict[str, Domain] = {}
         self.by_slot: dict[int, Target] = {}
@@ -63,6 +76,11 @@ class Targets:
         self._sizes = sizes
         self._ring = ring
         self._pager = pager
+        self._folios = LargeFolios(
+            folios_note, lambda: folios_note is not None and self.settings.store.large_folios
+        )
+        if self._folios.recover():
+            log.warning("put a setting of huge pages back, which a killed ksmd had changed")
         self._next_slot = 1
         self._seen: frozenset[TargetId] = frozenset()  # selected at the last refresh
         #: Plans that are carried out now, and those that ever were begun: what the store has for
@@ -234,9 +252,8 @@ class Targets:
 
     def _domain(self, name: str) -> Domain:
         if name not in self.domains:
-            self.domains[name] = Domain(
-                name, self._sizes, self._ring, PagerKeeper(name, self._pager, self._ring)
-            )
+            keeper = PagerKeeper(name, self._pager, self._ring)
+            self.domains[name] = Domain(name, self._sizes, self._ring, keeper, self._folios)
         return self.domains[name]
 
     def hold_rings(self) -> None:

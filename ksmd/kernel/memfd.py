@@ -8,13 +8,14 @@ FUTURE_WRITE (no new writer and no new writable shared mapping, for root neither
 exist go on), SHRINK, GROW, SEAL. The price: the owner cannot punch holes either, so memory returns
 only when the whole extent is released.
 
-Blocks of 2 MiB are allocated as one huge page each, which is several times cheaper to fill than 512
-small ones and keeps neighbours neighbours, so that merged memory is read nearly at the speed of
-huge pages. But no huge page stays: a program could map one by a single 2 MiB entry, and when such
-an entry is split by a write, a drop or fork, the kernel forgets all 512 pages of it, which the
-guard would take for drops. So a hole is punched into each block, which makes the kernel split the
-huge page into folios of 1 MiB and less (Linux 6.15; into single pages before), and the hole is
-filled again. What is pinned then cannot be collapsed any more by anybody.
+It is made of large folios, which are several times cheaper to fill than single pages and keep
+neighbours neighbours, so that merged memory is read nearly at the speed of huge pages. But none of
+2 MiB: a program could map one by a single 2 MiB entry, and when such an entry is split by a write,
+a drop or fork, the kernel forgets all 512 pages of it, which the guard would take for drops. Where
+the kernel gives folios of 1 MiB (thp.LargeFolios), they are asked for. Else each block of 2 MiB is
+allocated as one huge page, and a hole is punched into it, which makes the kernel split it into
+folios of 1 MiB and less (Linux 6.15; into single pages before), and the hole is filled again. What
+is pinned then cannot be collapsed any more by anybody.
 
 The file is 1 TiB long and sparse: when a target grows a merged mapping in place, it meets holes,
 which fault as missing and are answered with zeros by the guard. Beyond the end of a short file it
@@ -31,6 +32,7 @@ from collections.abc import Generator
 from dataclasses import dataclass
 
 from ksmd.kernel import libc
+from ksmd.kernel.thp import LargeFolios
 from ksmd.model.errors import KernelFeatureError, KsmdError, PrivilegeError
 from ksmd.model.units import HUGE_PAGE_SIZE, PAGE_SIZE
 
@@ -49,6 +51,8 @@ SEALS = F_SEAL_SEAL | F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_FUTURE_WRITE
 FILE_SIZE = 1 << 40
 
 _COLLAPSE_TRIES = 3
+#: Bytes that are allocated at a time.
+_STEP = 4 * HUGE_PAGE_SIZE
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,14 +117,15 @@ def _map(fd: int, length: int, prot: int) -> int:
     return address
 
 
-def create_extent(name: str, npages: int) -> ExtentMap:
+def create_extent(name: str, npages: int, folios: LargeFolios | None = None) -> ExtentMap:
     """Make an extent of *npages* pages, zeros or holes yet, with our writable mapping of them.
 
-    *name* is what maps shows ("/memfd:NAME (deleted)"). Blocks of 2 MiB count from the file's
-    start; for a last part below 2 MiB, and where no huge page is free, there are single pages.
-    Raises KsmdError (memory, descriptors), PrivilegeError, KernelFeatureError.
+    *name* is what maps shows ("/memfd:NAME (deleted)"). *folios*: how large ones may be had. Blocks
+    of 2 MiB count from the file's start; for a last part below 2 MiB, and where no large folio is
+    free, there are single pages. Raises KsmdError (memory, descriptors), PrivilegeError,
+    KernelFeatureError.
     """
-    steps = creating(name, npages)
+    steps = creating(name, npages, folios)
     while True:
         try:
             next(steps)
@@ -129,8 +134,10 @@ def create_extent(name: str, npages: int) -> ExtentMap:
             return made
 
 
-def creating(name: str, npages: int) -> Generator[None, None, ExtentMap]:
-    """Do the same, block by block. Closed before its end, it leaves nothing behind."""
+def creating(
+    name: str, npages: int, folios: LargeFolios | None = None
+) -> Generator[None, None, ExtentMap]:
+    """Do the same, in steps of 8 MiB. Closed before its end, it leaves nothing behind."""
     if npages <= 0 or npages * PAGE_SIZE > FILE_SIZE:
         raise ValueError(f"an extent cannot have {npages} pages")
     step = "memfd_create"
@@ -145,8 +152,9 @@ def creating(name: str, npages: int) -> Generator[None, None, ExtentMap]:
         step = "mmap"
         address = _map(fd, length, libc.PROT_READ | libc.PROT_WRITE)
         step = "allocate"  # before the seals, which forbid holes
-        for offset in range(0, length - HUGE_PAGE_SIZE + 1, HUGE_PAGE_SIZE):
-            _allocate_block(fd, address, offset)
+        blocks = length & ~(HUGE_PAGE_SIZE - 1)
+        for start in range(0, blocks, _STEP):
+            _allocate(fd, address, start, min(start + _STEP, blocks), folios or LargeFolios())
             yield
         step = "open read-only"  # before the mode goes: afterwards it would take CAP_DAC_OVERRIDE
         fd_ro = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
@@ -196,6 +204,18 @@ def _collapse(address: int) -> bool:
         else:
             return True
     return False
+
+
+def _allocate(fd: int, address: int, start: int, end: int, folios: LargeFolios) -> None:
+    """Back the blocks from *start* to *end* with large folios of zeros; see above."""
+    with folios as given:
+        if given:
+            libc.madvise(address + start, end - start, libc.MADV_HUGEPAGE)
+            libc.madvise(address + start, end - start, libc.MADV_POPULATE_WRITE)
+            libc.madvise(address + start, end - start, libc.MADV_NOHUGEPAGE)
+            return
+    for offset in range(start, end, HUGE_PAGE_SIZE):
+        _allocate_block(fd, address, offset)
 
 
 def _allocate_block(fd: int, address: int, offset: int) -> None:

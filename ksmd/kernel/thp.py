@@ -1,9 +1,16 @@
-"""Huge pages of targets, and the host's policy for them.
+"""Huge pages of targets, large folios of the store, and the host's policy for both.
 
 Giving back a part of a huge page frees nothing until it is split. MADV_COLD asked from outside
 (process_madvise(2), no stop) on one 4 KiB page of a huge page splits it: the kernel cannot age a
 part, so it takes the whole apart first (mm/madvise.c). Content does not change; subpages that are
 all zero are even freed by the split. A huge page that fork shares is left whole.
+
+The store is made of folios of 1 MiB, the largest that nobody can map by a single entry. The kernel
+gives them to shared memory that asks for huge pages, if hugepages-1024kB/shmem_enabled says so; but
+it says never, unless somebody has changed it. So we change it for the milliseconds that it takes to
+make a part of an extent. The other way (kernel/memfd.py) needs no setting, but memory that is free
+in whole blocks of 2 MiB, which on some hosts costs twenty times as much: a virtual machine that
+reports such blocks to its host as free has them taken away, and has to get them back.
 """
 
 from __future__ import annotations
@@ -11,8 +18,9 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from types import TracebackType
 
 from ksmd.kernel import libc
 from ksmd.kernel.sysfs import Settings, chosen
@@ -22,6 +30,9 @@ from ksmd.model.units import HUGE_PAGE_SIZE, PAGE_SIZE
 SYSFS = Path("/sys/kernel/mm/transparent_hugepage")
 
 _IOV_MAX = 1024
+
+#: Policies under which shared memory that asks for huge pages gets folios of that size.
+_GIVEN = frozenset({"always", "within_size", "advise"})
 
 
 def _explain(error: OSError) -> KsmdError:
@@ -110,3 +121,86 @@ class ThpSettings(Settings):
 
     def __init__(self, folder: Path = SYSFS, **values: str) -> None:
         super().__init__(folder, values)
+
+
+class LargeFolios:
+    """Has the kernel give shared memory folios of 1 MiB, for the length of a with block.
+
+    ``with folios as given:`` tells whether memory that is advised MADV_HUGEPAGE gets them, and none
+    of 2 MiB. *may_change*: whether the setting may be changed for that, and put back. *note* is a
+    file that holds the setting as it was for as long as it is changed: see :meth:`recover`.
+    """
+
+    def __init__(
+        self,
+        note: Path | None = None,
+        may_change: Callable[[], bool] = lambda: False,
+        folder: Path = SYSFS,
+    ) -> None:
+        self._note = note
+        self._may_change = may_change
+        self._folder = folder
+        self._file = folder / "hugepages-1024kB" / "shmem_enabled"
+        self._before = ""
+
+    def __enter__(self) -> bool:
+        try:
+            top, ours, huge = (
+                chosen(file.read_text())
+                for file in (
+                    self._folder / "shmem_enabled",
+                    self._file,
+                    self._folder / "hugepages-2048kB" / "shmem_enabled",
+                )
+            )
+        except OSError:  # Linux before 6.14 has no such setting, or no huge pages at all
+            return False
+        if top in ("deny", "force") or (top if huge == "inherit" else huge) in _GIVEN:
+            return False
+        given = (top if ours == "inherit" else ours) in _GIVEN
+        return given or (self._may_change() and self._change(ours))
+
+    def _change(self, before: str) -> bool:
+        try:
+            if self._note is not None:
+                self._note.write_text(before)
+            self._file.write_text("advise")
+        except OSError:  # sysfs may be read-only for us, or belong to somebody else
+            self._forget()
+            return False
+        self._before = before
+        return True
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        before, self._before = self._before, ""
+        if before:
+            self._put_back(before)
+
+    def _put_back(self, before: str) -> None:
+        try:
+            self._file.write_text(before)
+        except OSError as error:
+            raise KsmdError(f"{self._file}: cannot put back {before!r}: {error}") from error
+        self._forget()
+
+    def _forget(self) -> None:
+        if self._note is not None:
+            self._note.unlink(missing_ok=True)
+
+    def recover(self) -> bool:
+        """Put back what a process that was killed in the block had changed; whether one was.
+
+        KsmdError where that fails.
+        """
+        try:
+            before = self._note.read_text() if self._note is not None else ""
+        except OSError:
+            return False
+        if before:
+            self._put_back(before)
+        return bool(before)

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from ksmd.kernel import libc, memfd, risks
 from ksmd.kernel.iouring import PinRing
 from ksmd.kernel.memfd import ExtentMap
+from ksmd.kernel.thp import LargeFolios
 from ksmd.model.errors import KsmdError
 from ksmd.model.plan import ExtentPlan
 from ksmd.model.units import HUGE_PAGE_PAGES, PAGE_SHIFT, PAGE_SIZE
@@ -122,6 +123,7 @@ class Store:
     sums: Sums
     ring: PinRing
     keeper: Keeper
+    folios: LargeFolios | None = None
     extents: dict[int, Extent] = field(default_factory=dict)
     _pages: tuple[Any, NDArray[np.uint32], NDArray[np.uint64]] | None = field(
         default=None, init=False
@@ -152,7 +154,7 @@ class Store:
             raise KsmdError(
                 f"the store cannot grow by {plan.npages} pages: {available >> 20} MiB are available"
             )
-        made = yield from memfd.creating(f"ksmd-{self.domain}"[:200], plan.npages)
+        made = yield from memfd.creating(f"ksmd-{self.domain}"[:200], plan.npages, self.folios)
         try:
             good = yield from self._filling(made, plan, copy)
             memfd.lock(made)

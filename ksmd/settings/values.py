@@ -75,6 +75,13 @@ class Window:
 
 
 @dataclass(frozen=True, slots=True)
+class Store:
+    """What shared pages are made of."""
+
+    large_folios: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Limits:
     """What merging may cost a target, and what one user may register."""
 
@@ -128,6 +135,7 @@ class Settings:
     scan: Scan
     tables: Tables
     window: Window
+    store: Store
     limits: Limits
     targets: tuple[Target, ...]
 
@@ -143,6 +151,7 @@ def settings_of(content: Mapping[str, Any]) -> Settings:
         "scan": Scan(**content["scan"]),
         "tables": Tables(**content["tables"]),
         "window": Window(**content["window"]),
+        "store": Store(**content["store"]),
         "limits": Limits(**content["limits"]),
         "targets": tuple(map(_target, content["targets"])),
     }

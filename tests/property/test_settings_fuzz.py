@@ -20,10 +20,10 @@ from ksmd.settings import (
 from ksmd.settings.conflicts import conflicts
 
 WORDS = st.sampled_from(
-    "version run on_stop socket scan tables window limits targets name match regions domain pid exe"
-    " comm cmdline user cgroup unit start npages anon heap pages_to_scan stop yes on 1 0 -1 0x1000"
-    " 017 1:30 1.5 .nan 1e3 2001-01-01 ~ << = *a &a !!str !x | > ' \" # - ? : , [ ] { } %YAML ---"
-    " ... \\0 \\ud800".split()
+    "version run on_stop socket scan tables window store limits targets name match regions domain"
+    " pid exe comm cmdline user cgroup unit start npages anon heap pages_to_scan stop yes on 1 0"
+    " -1 0x1000 017 1:30 1.5 .nan 1e3 2001-01-01 ~ << = *a &a !!str !x | > ' \" # - ? : , [ ] { }"
+    " %YAML --- ... \\0 \\ud800".split()
 )
 SCALARS = (
     st.none()

@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from ksmd.client import Client, DaemonUnavailableError
 from ksmd.kernel import pageentries, procfs
 from ksmd.kernel.pagemap import PageMap
+from ksmd.kernel.thp import LargeFolios
 
 PAGE = 4096
 SCRIPTS = Path(sysconfig.get_path("scripts"))
@@ -257,9 +258,15 @@ class Daemon:
                 self.process.wait(PATIENCE)
         self.process.kill()
         self.process.wait()
+        LargeFolios(self.folios_note).recover()  # had it been killed while that was changed
         for held in self._helpers:
             held.end()
         self._helpers.clear()
+
+    @property
+    def folios_note(self) -> Path:
+        """Where the daemon notes a setting of huge pages while it has changed it."""
+        return self.socket.with_name(f"{self.socket.name}.folios")
 
 
 def run(*command: object) -> subprocess.CompletedProcess[str]:

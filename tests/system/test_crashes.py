@@ -16,6 +16,7 @@ import pytest
 from harness import (
     CROWDED,
     PAGE,
+    Daemon,
     Held,
     Oracle,
     check_but_for_eintr,
@@ -29,6 +30,8 @@ from harness import (
 
 from ksmd.client import Client
 from ksmd.guard import door
+from ksmd.kernel import thp
+from ksmd.kernel.sysfs import chosen
 from ksmd.model.errors import KsmdError
 
 pytestmark = pytest.mark.root
@@ -284,3 +287,30 @@ def test_a_tracer_that_hangs_is_replaced_and_the_daemon_goes_on(pair, daemons):
     check_all(pair)
     until(lambda: daemon.scan() and oracle.share() == 1, "merged by another tracer")
     use(pair)
+
+
+def test_a_kernel_setting_that_a_killed_daemon_had_changed_is_put_back_by_the_next(
+    daemons, pair, tmp_path
+) -> None:
+    """It is changed for milliseconds only; here the kill is played, since none hits so well."""
+    setting = thp.SYSFS / "hugepages-1024kB" / "shmem_enabled"
+    before = chosen(setting.read_text())
+    daemon = daemons(settings_for(*pair))
+    assert daemon.scan()["merged"] > 0
+    assert not daemon.folios_note.exists()
+    assert chosen(setting.read_text()) == before
+    directory = tmp_path / "next"
+    directory.mkdir()
+    note = directory / daemon.folios_note.name
+    try:
+        note.write_text(before)
+        setting.write_text("advise")
+        heir = Daemon(directory, settings_for(*pair))
+        try:
+            assert chosen(setting.read_text()) == before
+            assert not note.exists()
+            assert "put a setting of huge pages back" in heir.log()
+        finally:
+            heir.close()
+    finally:
+        setting.write_text(before)

@@ -98,6 +98,7 @@ def test_explain_covers_each_key_of_the_contract_once():
         "scan.pages_to_scan",
         "tables.sha1_hash_size",
         "window.interval_secs",
+        "store.large_folios",
         "limits.vma_percent",
         "targets",
         "targets[].name",

@@ -40,6 +40,7 @@ def test_the_defaults_are_those_of_the_contract():
             "max_runs": 300,
             "interval_secs": 10,
         },
+        "store": {"large_folios": True},
         "limits": {"vma_percent": 50, "regions_per_user": 1024},
         "targets": [],
     }
