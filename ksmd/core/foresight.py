@@ -24,8 +24,8 @@ from ksmd.core.spans import Spans
 
 #: Every so many pages one is read where the rest may be foretold.
 STRIDE = 16
-#: One of so many pages is a landmark.
-_LANDMARKS = np.uint32(64)
+#: One of 128 pages is a landmark: one whose checksum has none of these bits.
+_LANDMARK_BITS = np.uint32(127)
 #: Landmarks that must lie equally far from their likes, at the least, and of all that have any.
 _LEAST_VOTES, _LEAST_SHARE = 3, 0.6
 #: Of the pages that were read so many must be what was expected; else a source is given up.
@@ -73,19 +73,19 @@ class Foresight:
 
     def learn(self, slot: int, pages: U64, checksums: U32) -> None:
         """Take in pages of a target that were read: landmarks, and where their likes are."""
-        chosen = (checksums % _LANDMARKS == 0) & (checksums != self._zero)
-        pages, checksums = pages[chosen], checksums[chosen]
-        if not pages.size:
+        chosen = np.flatnonzero(checksums & _LANDMARK_BITS == 0)
+        chosen = chosen[checksums[chosen] != self._zero]
+        if not chosen.size:
             return
-        order = np.argsort(checksums, kind="stable")
-        pages, checksums = pages[order], checksums[order]
+        pages, checksums = pages[chosen], checksums[chosen]
         if slot not in self._sources:
             self._seek(slot, pages, checksums)
-        at = np.searchsorted(self._sums, checksums, side="right")  # behind its likes
+        sums = np.concatenate((self._sums, checksums))
+        order = np.argsort(sums, kind="stable")  # behind its likes that were there before
         slots = np.full(pages.size, slot, np.uint32)
-        self._sums = np.insert(self._sums, at, checksums)
-        self._slots = np.insert(self._slots, at, slots)
-        self._pages = np.insert(self._pages, at, pages)
+        self._sums = sums[order]
+        self._slots = np.concatenate((self._slots, slots))[order]
+        self._pages = np.concatenate((self._pages, pages))[order]
 
     def _seek(self, slot: int, pages: U64, checksums: U32) -> None:
         """Let those landmarks vote that were seen before; of its likes the first counts."""

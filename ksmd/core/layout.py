@@ -38,7 +38,7 @@ class PlanLimits:
     use where its pages are scattered: a small one is given back no sooner.
     """
 
-    extent_pages: int = 4096
+    extent_pages: int = 8192
     scattered_pages: int = 0
     vma_bytes: int = VMA_BYTES
 

@@ -65,6 +65,11 @@ class Spans:
         at = np.maximum(at, 0)
         return at, (pages >= self.starts[at]) & (pages < self.ends[at])
 
+    def hold(self, first: int, end: int) -> bool:
+        """Tell whether [*first*, *end*) lies in one range."""
+        at = int(np.searchsorted(self.starts, np.uint64(first), side="right")) - 1
+        return at >= 0 and end <= int(self.ends[at])
+
     def cut(self, low: U64, high: U64) -> tuple[Index, Index, U64, U64]:
         """Cut ranges [*low*, *high*), none of them empty, at the borders of these.
 

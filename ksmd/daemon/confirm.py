@@ -41,7 +41,7 @@ def confirmed(
         refused[Reason.CHANGED] += int(counts[~sound].sum())
         domain.unequal(target.slot, pages_of(records[~sound]))
         records, counts, first = records[sound], counts[sound], first[sound]
-    own = _own(target, records)
+    own = _own(target, records["start"], counts)
     refused[Reason.FORK_SHARED] += int(counts[~own].sum())
     records, counts, first = records[own], counts[own], first[own]
     found = _digests(domain, target, records["start"], counts)
@@ -52,19 +52,18 @@ def confirmed(
     return records[same]
 
 
-def _own(target: Target, records: Records) -> NDArray[np.bool_]:
-    """Tell of which records every page is still the target's alone.
+def _own(
+    target: Target, starts: NDArray[np.uint64], counts: NDArray[np.int64]
+) -> NDArray[np.bool_]:
+    """Tell of which runs every page that is to be read now is still the target's alone.
 
     Reading any other would take the sharing away (kernel/memory.py), and none could be merged.
     """
-    if not len(records):
-        return np.empty(0, np.bool_)
-    order = np.argsort(records["start"])
-    pages = pages_of(records[order])
-    shared = np.concatenate(([0], np.cumsum(~target.pagemap.exclusive_of(pages))))
-    ends = np.cumsum(records["length"][order] >> np.uint64(PAGE_SHIFT)).astype(np.int64)
-    own = np.empty(len(records), np.bool_)
-    own[order] = shared[ends] == shared[np.concatenate(([0], ends[:-1]))]
+    run, page = sampled(counts)
+    pages = (starts[run] >> np.uint64(PAGE_SHIFT)) + page.astype(np.uint64)
+    order = np.argsort(pages, kind="stable")
+    own = np.ones(len(counts), np.bool_)
+    own[run[order[~target.pagemap.exclusive_of(pages[order])]]] = False
     return own
 
 

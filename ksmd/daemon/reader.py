@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 import numpy as np
 from numpy.typing import NDArray
 
-from ksmd.core.checksum import Checksummer
+from ksmd.core.checksum import Checksummer, low32
 from ksmd.kernel.memory import Memory
 from ksmd.model.units import PAGE_SHIFT
 
@@ -41,7 +41,7 @@ class Reader:
         Returns those pages that were still there, and their checksums. *at_once*: on as many
         processors as there are. TargetGoneError when the process is gone.
         """
-        sums = np.empty(len(pages), np.uint32)
+        sums = np.empty(len(pages), np.uint64)
         starts = iter(range(0, len(pages), _PAGES))  # shared by all threads: each takes the next
         threads = min(self._threads() if at_once else 1, -(-len(pages) // _PAGES))
         while len(self._buffers) < threads:
@@ -59,10 +59,11 @@ class Reader:
             wait(others)  # whatever became of ours: theirs read into what is used again
         for other in others:
             vanished += other.result()
+        kept = low32(sums)
         if not vanished:
-            return pages, sums
+            return pages, kept
         left = np.delete(np.arange(len(pages)), np.concatenate(vanished))
-        return pages[left], sums[left]
+        return pages[left], kept[left]
 
     @staticmethod
     def _threads() -> int:
@@ -75,7 +76,7 @@ def _read(
     pages: Pages,
     seed: int,
     starts: Iterator[int],
-    sums: NDArray[np.uint32],
+    sums: NDArray[np.uint64],
 ) -> list[NDArray[np.intp]]:
     """Read one buffer after the other into *sums*; the indexes of pages that were not there."""
     vanished = []
@@ -83,13 +84,15 @@ def _read(
         chunk = pages[start : start + _PAGES]
         for low, high in memory.gather_exclusive(_pieces(chunk), checksummer.buffer):
             vanished.append(np.arange(low >> PAGE_SHIFT, high >> PAGE_SHIFT) + start)
-        sums[start : start + len(chunk)] = checksummer.sums(len(chunk), seed)
+        sums[start : start + len(chunk)] = checksummer.sums64(len(chunk), seed)
     return vanished
 
 
 def _pieces(pages: Pages) -> memoryview:
     """Give ascending pages as what is to be read: address and length of neighbours, in turns."""
-    edges = np.flatnonzero(np.diff(pages) != 1) + 1
+    edges = np.empty(0, np.intp)
+    if int(pages[-1]) - int(pages[0]) >= pages.size:
+        edges = np.flatnonzero(pages[1:] - pages[:-1] != 1) + 1
     pieces = np.empty((edges.size + 1, 2), np.uint64)
     pieces[0, 0], pieces[1:, 0] = pages[0], pages[edges]
     pieces[:, 1] = np.diff(edges, prepend=0, append=pages.size)

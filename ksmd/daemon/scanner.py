@@ -199,7 +199,10 @@ class Scanner:
         at, end = span
         try:
             present = target.pagemap.present(
-                at << PAGE_SHIFT, end << PAGE_SHIFT, min(budget, _STEP_PAGES)
+                at << PAGE_SHIFT,
+                end << PAGE_SHIFT,
+                min(budget, _STEP_PAGES),
+                files=not areas.hold(at, end),
             )
             target.huge |= bool(present.huge.any())
             found = present.pages[areas.find(present.pages)[1]]

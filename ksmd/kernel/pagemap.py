@@ -180,7 +180,7 @@ class PageMap:
         return result
 
     def exclusive_of(self, pages: Pages) -> Flags:
-        """Tell for each page (ascending page numbers) whether it is present and exclusive.
+        """Tell for each page (ascending) whether it is anonymous, present, and nobody else's.
 
         One read for all pages that lie close together.
         """
@@ -193,25 +193,27 @@ class PageMap:
             start = int(chunk[0])
             entries = self.entries(start, int(chunk[-1]) - start + 1)
             entries = entries[(chunk - chunk[0]).astype(np.intp)]
-            result[low:high] = exclusive(entries) & is_present(entries)
+            result[low:high] = exclusive(entries) & is_present(entries) & ~is_file(entries)
         return result
 
     # ------------------------------------------------------------ what is there
 
-    def present(self, start: int, end: int, max_pages: int) -> Present:
+    def present(self, start: int, end: int, max_pages: int, *, files: bool = True) -> Present:
         """Give the anonymous pages in memory in [start, end), stopping after about *max_pages*.
 
         The zero page, pages of files and swapped pages are left out: there is nothing in them to
-        merge, or reading them would change something.
+        merge, or reading them would change something. Where no page of a file can lie (*files*),
+        none is looked for, which is the most of the work: the kernel has to look at each page.
         """
         if not has_scan():
             return self._present_by_entries(start, end, max_pages)
+        others = PAGE_IS_PFNZERO | (PAGE_IS_FILE if files else 0)
         found, walk_end = self._scan(
             start,
             end,
             max_pages,
-            mask=PAGE_IS_PRESENT | PAGE_IS_FILE | PAGE_IS_PFNZERO,
-            inverted=PAGE_IS_FILE | PAGE_IS_PFNZERO,
+            mask=PAGE_IS_PRESENT | others,
+            inverted=others,
             returned=PAGE_IS_HUGE,
         )
         pages, categories = _expand(found)

@@ -129,7 +129,7 @@ class Window(_Model):
         "work as the windows before it would have done in 60 % of that; one run at least.",
     )
     max_pages: Annotated[int, Field(ge=1, le=1 << 20)] = Field(
-        default=2048,
+        default=4096,
         description="The most pages that one stop window merges.",
     )
     max_runs: Annotated[int, Field(ge=1, le=500)] = Field(

@@ -7,7 +7,7 @@ import pytest
 
 from ksmd.core.foresight import STRIDE, Foresight, Source, samples_of
 
-ZERO = 64 * 7
+ZERO = 128 * 7
 A, B, C = 3, 4, 9
 
 
@@ -58,7 +58,7 @@ def test_pages_in_another_order_have_no_source(foresight: Foresight):
 
 
 def test_few_landmarks_and_zeros_are_no_ground(foresight: Foresight):
-    few = np.array([64, 128, *range(1, 60, 2)], np.uint32)
+    few = np.array([128, 256, *range(1, 60, 2)], np.uint32)
     zeros = np.full(1000, ZERO, np.uint32)
     for slot in (A, B):
         foresight.learn(slot, pages(0, few.size), few)

@@ -36,7 +36,7 @@ def test_the_defaults_are_those_of_the_contract():
         "window": {
             "deadline_ms": 10,
             "stop_ms": 5,
-            "max_pages": 2048,
+            "max_pages": 4096,
             "max_runs": 300,
             "interval_secs": 10,
         },

@@ -49,6 +49,15 @@ def test_a_page_is_found_in_the_range_that_holds_it_and_in_no_other(
         assert holders == ([index] if there else [])
 
 
+@given(GAPS_AND_LENGTHS)
+def test_a_range_is_held_by_one_that_covers_it_all(steps: list[tuple[int, int]]) -> None:
+    ranges = ranges_of(steps)
+    spans = Spans(ranges)
+    for first in range(ranges[0][0] - 2, ranges[0][1] + 3) if ranges else [5]:
+        for end in range(first + 1, first + 6):
+            assert spans.hold(first, end) == any(low <= first and end <= up for low, up in ranges)
+
+
 def test_ranges_that_overlap_or_run_backwards_are_refused() -> None:
     with pytest.raises(ValueError, match="overlap"):
         Spans([(1, 5), (4, 6)])
