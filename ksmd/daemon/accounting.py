@@ -135,8 +135,11 @@ class Accounting:
             target.emptied.clear()
         if not len(target.zeros):
             return 0
+        hold = target.ground.spans.hold
         written = [
-            target.pagemap.present(start << PAGE_SHIFT, end << PAGE_SHIFT, 0).pages
+            target.pagemap.present(
+                start << PAGE_SHIFT, end << PAGE_SHIFT, 0, files=not hold(start, end)
+            ).pages
             for start, end in _groups(target.zeros)
         ]
         target.zeros = target.zeros[~among(target.zeros, np.concatenate(written))]
