@@ -55,12 +55,16 @@ class Foresight:
 
     def begin(self) -> None:
         """Begin a scan: what was known is of the past."""
+        self.end()
+        self._foretold: dict[int, list[tuple[int, int]]] = {}
+        self._records: dict[int, tuple[int, int]] = {}
+
+    def end(self) -> None:
+        """End a scan: what was foretold in it is still known, but nothing more will be."""
         self._sums: U32 = np.empty(0, np.uint32)
         self._slots: U32 = np.empty(0, np.uint32)
         self._pages: U64 = np.empty(0, np.uint64)
         self._sources: dict[int, Source] = {}
-        self._foretold: dict[int, list[tuple[int, int]]] = {}
-        self._records: dict[int, tuple[int, int]] = {}
 
     @property
     def nbytes(self) -> int:
@@ -130,7 +134,11 @@ class Foresight:
 
     def foretold(self, slot: int) -> Spans:
         """Give the pages of a target of which something was foretold in this scan."""
-        return Spans(self._foretold.get(slot, ()))
+        table = np.array(sorted(self._foretold.get(slot, ())), np.uint64).reshape(-1, 2)
+        starts, ends = table[:, 0], np.maximum.accumulate(table[:, 1])
+        starts[1:] = np.maximum(starts[1:], ends[:-1])  # what was foretold twice counts once
+        kept = starts < ends
+        return Spans.of(starts[kept], ends[kept])
 
     def came_true(self, slot: int, records: int, wrong: int) -> bool:
         """Tell, after so many more *records* of a target were compared, if guesses are worth it."""

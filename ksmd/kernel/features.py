@@ -275,5 +275,12 @@ def probe() -> tuple[Feature, ...]:
             "the store is filled page by page: slower, and merged memory is read a little slower",
             _collapse,
         ),
+        _try(
+            "large-folios",
+            False,
+            "the store is made of whole free blocks of 2 MiB: far slower in a virtual machine that"
+            " gives these back to its host",
+            thp.LargeFolios().describe,
+        ),
         _try("kernel-ksm", False, "nothing: ksmd does not use it", _kernel_ksm),
     )

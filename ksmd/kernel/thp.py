@@ -143,21 +143,38 @@ class LargeFolios:
         self._file = folder / "hugepages-1024kB" / "shmem_enabled"
         self._before = ""
 
+    def _policy(self) -> tuple[bool, str]:
+        """Tell whether folios of 1 MiB are given, and what their setting is.
+
+        KsmdError where none can be had, or some of 2 MiB might be.
+        """
+        files = (
+            self._folder / "shmem_enabled",
+            self._file,
+            self._folder / "hugepages-2048kB" / "shmem_enabled",
+        )
+        try:
+            top, ours, huge = (chosen(file.read_text()) for file in files)
+        except OSError as error:
+            raise KsmdError("this kernel has no setting for them") from error
+        if top in ("deny", "force") or (top if huge == "inherit" else huge) in _GIVEN:
+            raise KsmdError(f"{files[0]} says {top}, that of 2 MiB {huge}")
+        return (top if ours == "inherit" else ours) in _GIVEN, ours
+
+    def describe(self) -> str:
+        """Tell how folios of 1 MiB can be had, changing nothing; KsmdError where they cannot."""
+        given, ours = self._policy()
+        if given:
+            return f"given: {self._file} says {ours}"
+        if os.access(self._file, os.W_OK):
+            return "given while part of an extent is made (store.large_folios)"
+        raise KsmdError(f"{self._file} says {ours}, and we may not write to it; advise would do")
+
     def __enter__(self) -> bool:
         try:
-            top, ours, huge = (
-                chosen(file.read_text())
-                for file in (
-                    self._folder / "shmem_enabled",
-                    self._file,
-                    self._folder / "hugepages-2048kB" / "shmem_enabled",
-                )
-            )
-        except OSError:  # Linux before 6.14 has no such setting, or no huge pages at all
+            given, ours = self._policy()
+        except KsmdError:
             return False
-        if top in ("deny", "force") or (top if huge == "inherit" else huge) in _GIVEN:
-            return False
-        given = (top if ours == "inherit" else ours) in _GIVEN
         return given or (self._may_change() and self._change(ours))
 
     def _change(self, before: str) -> bool:

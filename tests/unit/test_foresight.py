@@ -107,6 +107,19 @@ def test_a_new_scan_knows_nothing(foresight: Foresight):
     assert not foresight.nbytes
 
 
+def test_after_a_scan_it_is_known_what_was_foretold_and_nothing_more(foresight: Foresight):
+    array = sums(2000)
+    foresight.learn(A, pages(0, 2000), array)
+    for first in (5_000, 4_980):  # the same pages twice, and in no order
+        foresight.learn(B, pages(0, 2000), array)
+        foresight.foretell(B, pages(first, 33), samples_of(33), np.ones(3, np.bool_))
+    foresight.end()
+    assert not foresight.nbytes
+    assert foresight.source(B) is None
+    spans = foresight.foretold(B)
+    assert (spans.starts.tolist(), spans.ends.tolist()) == ([4_980, 5_013], [5_013, 5_033])
+
+
 @pytest.mark.parametrize("n", [1, 2, STRIDE, STRIDE + 1, 1000])
 def test_the_first_and_the_last_page_are_samples(n: int):
     samples = samples_of(n)

@@ -79,6 +79,23 @@ def test_a_folio_of_1_mib_inherits_where_one_of_2_mib_does_not(sysfs: Path):
         assert given
 
 
+def test_how_they_can_be_had_is_told_without_a_change(sysfs: Path, monkeypatch: pytest.MonkeyPatch):
+    folios = LargeFolios(folder=sysfs)
+    assert "while part of an extent is made" in folios.describe()
+    assert folio(sysfs) == "never"
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(KsmdError, match="says never, and we may not write to it; advise would do"):
+        folios.describe()
+    (sysfs / FILES["folio"]).write_text("advise")
+    assert folios.describe().startswith("given: ")
+    (sysfs / FILES["top"]).write_text("always")
+    with pytest.raises(KsmdError, match="says always, that of 2 MiB inherit"):
+        folios.describe()
+    (sysfs / FILES["top"]).unlink()
+    with pytest.raises(KsmdError, match="no setting"):
+        folios.describe()
+
+
 def test_a_kernel_without_the_setting_gives_none(tmp_path: Path):
     with LargeFolios(tmp_path / "note", lambda: True, tmp_path) as given:
         assert not given
