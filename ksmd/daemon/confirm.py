@@ -21,6 +21,7 @@ from ksmd.daemon.state import Domain, Target
 from ksmd.daemon.targets import Targets
 from ksmd.model.refusal import Reason
 from ksmd.model.units import PAGE_SHIFT, PAGE_SIZE
+from ksmd.model.window import Op
 from ksmd.remap.store import Extent
 
 #: A target, its ground as its records were made with it, and what it is to map of one extent.
@@ -82,15 +83,18 @@ def without_lonely(users: list[User], extent: Extent, refused: Counter[Reason]) 
     return kept
 
 
-def strangers(runs: NDArray[np.void], users: list[User], extent: Extent) -> NDArray[np.uint32]:
-    """Give the checksums of single pages of *extent* that no two of *users* have after all.
+def strangers(
+    runs: NDArray[np.void], users: list[User], extent: Extent, fewest: int
+) -> NDArray[np.uint32]:
+    """Give the checksums of single pages of *extent* that too few of *users* have after all.
 
     *runs* is what was planned. A run of several pages may have failed because of any of them.
+    *fewest*: of a new extent two; of one that others map already a single one would do.
     """
     slots = np.array([target.slot for target, _, _ in users], np.uint32)
     single = runs[(runs["npages"] == 1) & among(runs["target"], slots)]
     planned = np.bincount(single["index"], minlength=extent.npages)
-    alone = (planned > 1) & (_users_of_pages(users, extent) < 2) & extent.good
+    alone = (planned >= fewest) & (_users_of_pages(users, extent) < fewest) & extent.good
     return extent.checksums[alone]
 
 
@@ -180,8 +184,9 @@ def _any_alone(target: Target, records: Records) -> bool:
     """Whether any of a target's *records* is or holds a mapping of one page.
 
     What is one page may be one by the time of its window: what is around it has been merged then.
+    But pages of zeros are dropped, and their mapping stays as it is.
     """
-    if int(records["length"].min()) == PAGE_SIZE:
+    if records["op"][0] != Op.ZERO and int(records["length"].min()) == PAGE_SIZE:
         return True
     areas = target.areas
     single = (areas.vmas.ends - areas.vmas.starts == PAGE_SIZE)[areas.which]

@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 #: Processors that a stop needs: the tracer its own, and the threads that stop another.
 _PROCESSORS_OF_A_STOP = 2
 #: Runs of zero pages in a window: they take no mappings, but a price that is wrong tells by then.
-_ZERO_RUNS = 1000
+_ZERO_RUNS = 2000
 #: Pages of an extent for scattered pages, at the most, and the part of free memory that it may be.
 _SCATTERED_PAGES, _SCATTERED_SHARE = 65536, 16
 
@@ -162,8 +162,9 @@ class Merger:
                     continue
                 runs = plan.merges[plan.merges["extent"] == number]
                 users = yield from self._users(domain, extent, runs, asked, result)
+                unlike = strangers(runs, users, extent, 2 if number in new else 1)
+                domain.strangers.add(unlike, time.monotonic())
                 if number in new:
-                    domain.strangers.add(strangers(runs, users, extent), time.monotonic())
                     users = without_lonely(users, extent, result.refused)
                 looked = []
                 for user in look.at_all(users, lambda target: is_asked(target, asked)):

@@ -10,6 +10,7 @@ import pytest
 from kernel_victims import Victim
 
 from ksmd.core import checksum, strangers, tables
+from ksmd.daemon import reader
 from ksmd.daemon.pipeline import Pipeline
 from ksmd.daemon.scanner import ScanResult
 from ksmd.daemon.state import Target
@@ -106,7 +107,8 @@ def test_pages_that_only_share_a_checksum_are_told_apart_once_and_left_alone_for
     with Victim(SCRIPT) as one, Victim(OTHER) as other:
         select(pipeline, one, other)
         (domain,) = pipeline.targets.domains.values()
-        monkeypatch.setattr(checksum, "low32", lambda sums: np.full(len(sums), 7, np.uint32))
+        for module in (checksum, reader):
+            monkeypatch.setattr(module, "low32", lambda sums: np.full(len(sums), 7, np.uint32))
         for _ in pipeline.scanner.full_scan(1 << 20, ScanResult(), eager=True):
             pass
         flags_read = [target.flags_read for target in pipeline.targets]
@@ -120,6 +122,33 @@ def test_pages_that_only_share_a_checksum_are_told_apart_once_and_left_alone_for
         monkeypatch.setattr(strangers, "LASTS", -1.0)
         domain.strangers.add(np.array([7], np.uint32), time.monotonic())
         assert len(pipeline.merger.plan(domain, asked=False).merges), "tried again in time"
+
+
+def test_pages_unlike_the_store_page_of_their_checksum_are_left_alone_for_a_while(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two contents with one checksum: who has the other one is not tried again in each pass."""
+    single = "at = anon(PAGE); fill(at, 1, 100); reply(at)\n"
+    with Victim(SCRIPT) as one, Victim(SCRIPT) as other, Victim(single) as third:
+        select(pipeline, one, other)
+        (domain,) = pipeline.targets.domains.values()
+        for _ in pipeline.full_pass(asked=True):
+            pass
+        assert pipeline.last is not None
+        assert pipeline.last.merge.merged == 2 * NPAGES
+        for extent in domain.store.extents.values():
+            extent.checksums[:] = 7
+        domain.store._pages = None
+        for module in (checksum, reader):
+            monkeypatch.setattr(module, "low32", lambda sums: np.full(len(sums), 7, np.uint32))
+        select(pipeline, one, other, third)
+        for _ in pipeline.scanner.full_scan(1 << 20, ScanResult(), eager=True):
+            pass
+        found = merge(pipeline, asked=False)
+        assert (found.windows, found.merged) == (0, 0)
+        assert found.refused[Reason.DIGEST] == 1
+        assert not len(pipeline.merger.plan(domain, asked=False).merges)
+        assert len(pipeline.merger.plan(domain, asked=True).merges)
 
 
 def test_a_target_is_not_read_again_before_it_has_run(pipeline: Pipeline) -> None:
