@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from ksmd.core.ledger import Ledger, Sharing, count_sharing
 from ksmd.core.sets import among, distinct
 from ksmd.core.spans import NEAR_PAGES, Spans
+from ksmd.daemon import pulse
 from ksmd.daemon.state import Domain, Merged, Target
-from ksmd.daemon.targets import Targets, has_stood_still
+from ksmd.daemon.targets import Targets
 from ksmd.guard.client import Pager
 from ksmd.kernel import procfs
 from ksmd.kernel.pagemap import PageMap
@@ -86,7 +87,7 @@ class Accounting:
         if now < target.recount_at:
             return True
         fresh = target.recount_at and now < target.counted_at + _STILL_REST
-        if not fresh or not has_stood_still(target, target.count_spent):
+        if not fresh or not pulse.has_stood_still(target, target.count_spent):
             return False
         target.recount_at = now + self._rest(target)  # that is as good as a count
         return True

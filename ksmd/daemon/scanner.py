@@ -15,11 +15,11 @@ import numpy as np
 
 from ksmd.core.cursor import Piece
 from ksmd.core.spans import Spans
+from ksmd.daemon import pulse
 from ksmd.daemon.foretelling import look
 from ksmd.daemon.reader import Reader
 from ksmd.daemon.state import Target
 from ksmd.daemon.targets import Targets
-from ksmd.kernel import procfs
 from ksmd.model.errors import KsmdError, TargetGoneError
 from ksmd.model.refusal import Reason
 from ksmd.model.tables import Seen
@@ -99,6 +99,8 @@ class Scanner:
                 if self._budget <= 0:
                     yield pages_to_scan - self._budget
                     self._budget = pages_to_scan
+        for domain in self._targets.domains.values():
+            domain.foresight.end()
         for target in self._targets:
             self._targets.tables(target).finish(target.slot, seqnr)
         yield pages_to_scan - self._budget
@@ -159,7 +161,7 @@ class Scanner:
         Memory of one that has not is what it was: processes that are idle cost next to nothing.
         """
         try:
-            spent = procfs.spent(target.pid)
+            spent = pulse.spent(target)
         except KsmdError:
             return ()
         if not spent or spent != target.spent:

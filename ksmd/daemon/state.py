@@ -28,7 +28,7 @@ from ksmd.kernel.memory import Memory
 from ksmd.kernel.pagemap import PageMap
 from ksmd.kernel.thp import LargeFolios
 from ksmd.model.plan import Plan
-from ksmd.model.process import TargetId
+from ksmd.model.process import ProcessInfo, TargetId
 from ksmd.model.refusal import Reason
 from ksmd.model.tables import SITES
 from ksmd.model.units import PAGE_SHIFT
@@ -156,6 +156,11 @@ class Target:
     spent: tuple[int, ...] = ()
     flags_spent: tuple[int, ...] = ()
     count_spent: tuple[int, ...] = ()
+    pulse: tuple[int, ...] = ()  # what it had spent when that was asked last: daemon/pulse.py
+    felt_at: float = 0.0  # monotonic seconds
+    info: ProcessInfo | None = None  # as it was when it had spent info_spent
+    info_spent: tuple[int, ...] = ()
+    info_until: float = -math.inf
     still_since: int | None = None  # scanner's seconds: from then on the first was the same
     settled: tuple[Ground, float] | None = None  # all of that was scanned then, and had settled
     foreseeable: bool = True  # what was foretold of its pages (core/foresight.py) has come true

@@ -22,6 +22,7 @@ from ksmd.core.inherit import flagged_as_before
 from ksmd.core.selection import Selected, select, united
 from ksmd.core.tables import PageTables
 from ksmd.core.windows import Ground
+from ksmd.daemon import pulse
 from ksmd.daemon.bequest import ExtentLabel
 from ksmd.daemon.state import Domain, Merged, Target, Tell, is_ours
 from ksmd.guard.client import Pager
@@ -123,10 +124,11 @@ class Targets:
         *if_changed*: flags may be a minute old, or older where there are very many. That is enough
         to scan by, not to merge by.
         """
-        wanted, self.refusals = self._wanted()
+        began = time.monotonic()
+        wanted, self.refusals = self._wanted(lasting=if_changed)
         self._seen = frozenset(wanted)
         for target in self:
-            if not procfs.is_same(target.id):
+            if not (target.felt_at >= began or procfs.is_same(target.id)):
                 self.drop(target)
             elif target.id not in wanted:
                 self._unwanted(target)
@@ -153,7 +155,7 @@ class Targets:
         now = time.monotonic()
         if target.last_window >= target.maps_read:
             return False
-        if now < target.reread_at and has_stood_still(target, target.flags_spent):
+        if now < target.reread_at and pulse.has_stood_still(target, target.flags_spent):
             target.maps_read = target.flags_read = now  # that is as good
             target.memory.may_pin &= target.slot not in self._pager.unsettled
             return True
@@ -164,10 +166,13 @@ class Targets:
             return procfs.mapped_pages(target.pid) == target.mapped
         return False
 
-    def _wanted(self) -> tuple[dict[TargetId, Selected], list[Refusal]]:
-        """What rules and registrations select now, by process, and who is refused as a whole."""
+    def _wanted(self, *, lasting: bool) -> tuple[dict[TargetId, Selected], list[Refusal]]:
+        """What rules and registrations select now, by process, and who is refused as a whole.
+
+        *lasting*: targets that have not run may be what they were some seconds ago.
+        """
         chosen, refusals = select(
-            self._candidates(), self.settings.targets, ours=self.ours, age_of=_age
+            self._candidates(lasting), self.settings.targets, ours=self.ours, age_of=_age
         )
         wanted = {selected.process.id: selected for selected in chosen}
         for registered in self.registered(None):
@@ -180,7 +185,7 @@ class Targets:
 
         Much cheaper than a pass: one line of /proc for each process.
         """
-        if frozenset(self._wanted()[0]) != self._seen:
+        if frozenset(self._wanted(lasting=True)[0]) != self._seen:
             return True
         return any(
             procfs.anonymous_pages(target.pid) > target.anonymous + max(256, target.anonymous >> 6)
@@ -225,7 +230,7 @@ class Targets:
             if not self.domains[name].store.extents:
                 del self.domains[name]
 
-    def _candidates(self) -> Iterator[ProcessInfo]:
+    def _candidates(self, lasting: bool) -> Iterator[ProcessInfo]:
         """Processes to select from: only those named, where every rule names pids."""
         pids: set[int] | None = set()
         for rule in self.settings.targets:
@@ -234,9 +239,10 @@ class Targets:
                 break
             assert pids is not None
             pids.update(rule.match.pid)
+        known = {target.pid: target for target in self} if lasting else {}
         for pid in procfs.pids() if pids is None else sorted(pids):
             with contextlib.suppress(TargetGoneError):
-                yield procfs.process_info(pid)
+                yield pulse.info(known[pid]) if pid in known else procfs.process_info(pid)
 
     def update(self, target: Target, selected: Selected) -> None:
         """Settings may have changed; a merged target keeps its domain until it is unmerged."""
@@ -414,13 +420,6 @@ class Targets:
             if target.refused is not None:
                 counts[target.refused] += 1
         return counts
-
-
-def has_stood_still(target: Target, spent: tuple[int, ...]) -> bool:
-    """Whether *target* has not run since it had *spent* so much; () is never."""
-    with contextlib.suppress(TargetGoneError):
-        return bool(spent) and procfs.spent(target.pid) == spent
-    return False
 
 
 def _flags_last(target: Target) -> float:

@@ -18,6 +18,7 @@ import numpy as np
 from ksmd.core.ledger import StopTimes
 from ksmd.core.price import WindowPrice
 from ksmd.core.windows import Records, pages_of, spans, windows_of
+from ksmd.daemon import pulse
 from ksmd.daemon.prepare import prepare, refuse
 from ksmd.daemon.state import PASSING, Domain, Target
 from ksmd.daemon.targets import Targets
@@ -166,6 +167,7 @@ class Windows:
         if done.lost:  # a stub that is at work may have guarded what is read next
             target.memory.may_pin = False
         target.last_window, target.recount_at = time.monotonic(), 0.0
+        pulse.forget(target)
         if done.refused is Reason.GONE:
             self._targets.drop(target)
         elif done.refused is not None:

@@ -118,9 +118,15 @@ def spent(pid: int) -> tuple[int, int, int]:
 
     Where none of it grows, the process has hardly run.
     """
+    return pulse(pid)[1]
+
+
+def pulse(pid: int) -> tuple[int, tuple[int, int, int]]:
+    """Give the start time of *pid*, as :func:`start_time`, and what it has spent."""
     fields = read_process(pid, "stat").rpartition(b")")[2].split()
-    faults, user, system = int(fields[7]), int(fields[11]), int(fields[12])  # the 10th, 14th, 15th
-    return user + system, schedstat(pid)[0], faults
+    # the 10th, 14th, 15th and 22nd, with pid and comm
+    faults, user, system, start = (int(fields[at]) for at in (7, 11, 12, 19))
+    return start, (user + system, schedstat(pid)[0], faults)
 
 
 def schedstat(pid: int) -> tuple[int, int]:

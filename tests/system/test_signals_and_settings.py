@@ -184,11 +184,14 @@ def test_tables_of_a_given_size_bind_and_what_does_not_fit_is_counted(victims, d
     pair = [victims(pages=2048, layout="unique") for _ in range(2)]
     tables = {"page_hash_size": 4096, "rmap_hash_size": 1024, "sha1_hash_size": 64}
     daemon = daemons(settings_for(*pair, tables=tables))
-    for _ in range(2):
+    held = []
+    while len(held) < 2 or (not any(held) and len(held) < 8):
         daemon.scan()
         status = daemon.status()
         assert status["refusals"]["table-full"] >= 4096 - 1024
-        assert 0 < status["pages_unshared"] <= 1024
+        held.append(status["pages_unshared"])
+    # which part had its turn last is chance, and of so few long stretches a part may get none
+    assert 0 < max(held) <= 1024
     check_all(pair)
 
 
