@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ksmd.core.rmap import U32, U64, Bools
+from ksmd.core.sets import places_in
 from ksmd.core.spans import Spans
 
 #: Every so many pages one is read where the rest may be foretold.
@@ -28,6 +29,8 @@ STRIDE = 16
 _LANDMARK_BITS = np.uint32(127)
 #: Landmarks that must lie equally far from their likes, at the least, and of all that have any.
 _LEAST_VOTES, _LEAST_SHARE = 3, 0.6
+#: Landmarks that are kept apart, until they are put among the others.
+_MOST_NEW = 1024
 #: Of the pages that were read so many must be what was expected; else a source is given up.
 _LEAST_RIGHT = 0.5
 #: Of a target's foretold records that were compared one in so many may be wrong, or so many in all.
@@ -43,6 +46,36 @@ class Source(NamedTuple):
     def of(self, pages: U64) -> U64:
         """Give the likes of *pages* (uint64), which may lie anywhere, or nowhere."""
         return (pages.astype(np.int64) + self.ahead).astype(np.uint64)
+
+
+class _Landmarks:
+    """Checksums, ascending and each once, and whose they were first: columns."""
+
+    def __init__(self) -> None:
+        self.sums: U32 = np.empty(0, np.uint32)
+        self.slots: U32 = np.empty(0, np.uint32)
+        self.pages: U64 = np.empty(0, np.uint64)
+
+    @property
+    def size(self) -> int:
+        return self.sums.size
+
+    @property
+    def nbytes(self) -> int:
+        return self.sums.nbytes + self.slots.nbytes + self.pages.nbytes
+
+    def find(self, sums: U32) -> tuple[NDArray[np.intp], Bools]:
+        return places_in(sums, self.sums)
+
+    def add(self, sums: U32, slots: U32, pages: U64) -> None:
+        """Add what is not there; of equal ones the first counts."""
+        sums = np.concatenate((self.sums, sums))
+        order = np.argsort(sums, kind="stable")
+        ordered = sums[order]
+        order = order[np.append(True, ordered[1:] != ordered[:-1])[: ordered.size]]
+        self.sums = sums[order]
+        self.slots = np.concatenate((self.slots, slots))[order]
+        self.pages = np.concatenate((self.pages, pages))[order]
 
 
 class Foresight:
@@ -61,15 +94,13 @@ class Foresight:
 
     def end(self) -> None:
         """End a scan: what was foretold in it is still known, but nothing more will be."""
-        self._sums: U32 = np.empty(0, np.uint32)
-        self._slots: U32 = np.empty(0, np.uint32)
-        self._pages: U64 = np.empty(0, np.uint64)
+        self._old, self._new = _Landmarks(), _Landmarks()
         self._sources: dict[int, Source] = {}
 
     @property
     def nbytes(self) -> int:
         """Bytes of the landmarks."""
-        return self._sums.nbytes + self._slots.nbytes + self._pages.nbytes
+        return self._old.nbytes + self._new.nbytes
 
     def source(self, slot: int) -> Source | None:
         """Give where the likes of a target's next pages are thought to be."""
@@ -84,23 +115,21 @@ class Foresight:
         pages, checksums = pages[chosen], checksums[chosen]
         if slot not in self._sources:
             self._seek(slot, pages, checksums)
-        sums = np.concatenate((self._sums, checksums))
-        order = np.argsort(sums, kind="stable")  # behind its likes that were there before
+        known = self._old.find(checksums)[1] | self._new.find(checksums)[1]
         slots = np.full(pages.size, slot, np.uint32)
-        self._sums = sums[order]
-        self._slots = np.concatenate((self._slots, slots))[order]
-        self._pages = np.concatenate((self._pages, pages))[order]
+        self._new.add(checksums[~known], slots[~known], pages[~known])
+        if self._new.size > _MOST_NEW:  # to put each in its place among all would take too long
+            self._old.add(self._new.sums, self._new.slots, self._new.pages)
+            self._new = _Landmarks()
 
     def _seek(self, slot: int, pages: U64, checksums: U32) -> None:
-        """Let those landmarks vote that were seen before; of its likes the first counts."""
-        if not self._sums.size:
-            return
-        at = np.minimum(np.searchsorted(self._sums, checksums), self._sums.size - 1)
-        known = self._sums[at] == checksums
-        at, pages = at[known], pages[known]
-        votes = np.empty((at.size, 2), np.int64)
-        votes[:, 0] = self._slots[at]
-        votes[:, 1] = self._pages[at].astype(np.int64) - pages.astype(np.int64)
+        """Let those landmarks vote that were seen before."""
+        found = []
+        for landmarks in (self._old, self._new):
+            at, known = landmarks.find(checksums)
+            ahead = landmarks.pages[at[known]].astype(np.int64) - pages[known].astype(np.int64)
+            found.append(np.stack((landmarks.slots[at[known]].astype(np.int64), ahead), axis=1))
+        votes = np.concatenate(found)
         votes = votes[(votes[:, 0] != slot) | (votes[:, 1] != 0)]
         if not len(votes):
             return

@@ -73,14 +73,34 @@ def without_lonely(users: list[User], extent: Extent, refused: Counter[Reason]) 
 
     That is what is left of two contents with one checksum: nobody is stopped for that.
     """
-    shared = np.concatenate(([0], np.cumsum(_users_of_pages(users, extent) > 1)))
-    kept = []
-    for target, ground, records in users:
-        first, end = _places(extent, records)
+    company = Company(users, extent)
+    return [(target, ground, company.of(records, refused)) for target, ground, records in users]
+
+
+class Company:
+    """Who has each page of a new extent: kept while one user after the other maps it."""
+
+    def __init__(self, users: list[User], extent: Extent) -> None:
+        self._extent = extent
+        self._users = _users_of_pages(users, extent)
+
+    def of(self, records: Records, refused: Counter[Reason]) -> Records:
+        """Give those of *records* of which some page has a second user."""
+        shared = np.concatenate(([0], np.cumsum(self._users > 1)))
+        first, end = _places(self._extent, records)
         lonely = shared[end] == shared[first]
         refused[Reason.DIGEST] += int((end - first)[lonely].sum())
-        kept.append((target, ground, records[~lonely]))
-    return kept
+        kept: Records = records[~lonely]
+        return kept
+
+    def lose(self, records: Records, carried: list[Records]) -> None:
+        """Take note that of one user's *records* only those that were *carried* out map it."""
+        for sign, part in ((-1, records), *((1, part) for part in carried)):
+            first, end = _places(self._extent, part)
+            steps = np.zeros(self._users.size + 1, np.int64)
+            np.add.at(steps, first, sign)
+            np.add.at(steps, end, -sign)
+            self._users += np.cumsum(steps[:-1])
 
 
 def strangers(

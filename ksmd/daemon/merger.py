@@ -19,7 +19,14 @@ from ksmd.core.focus import focus
 from ksmd.core.planner import PlanLimits, make_plan
 from ksmd.core.scope import Scope, within
 from ksmd.core.windows import Ground, Records, merge_records, zero_records
-from ksmd.daemon.confirm import SecondLook, User, confirmed, strangers, without_lonely
+from ksmd.daemon.confirm import (
+    Company,
+    SecondLook,
+    User,
+    confirmed,
+    strangers,
+    without_lonely,
+)
 from ksmd.daemon.hugepages import huge_blocks, split_cut
 from ksmd.daemon.journal import fields
 from ksmd.daemon.state import Domain, Target
@@ -192,15 +199,16 @@ class Merger:
         *new*, nobody else is stopped to map pages alone.
         """
         users = sorted(users, key=lambda user: not domain.foretold(user[0], user[2]).any())
-        while users:
-            target, ground, records = users[0]
+        company, failed = Company(users, extent), False
+        for target, ground, records in users:
+            wanted = company.of(records, result.refused) if failed else records
             carried = yield from self._open_windows(
-                domain, target, ground, extent, records, asked, result
+                domain, target, ground, extent, wanted, asked, result
             )
-            if new and sum(map(len, carried)) < len(records):
-                users[0] = target, ground, np.concatenate((records[:0], *carried))
-                users = without_lonely(users, extent, result.refused)
-            del users[0]
+            # who is refused as a whole is to be known by name, and so is everybody after him
+            if new and target.refused is None and sum(map(len, carried)) < len(records):
+                company.lose(records, carried)
+                failed = True
 
     def _meanwhile(self) -> None:
         """While a window is at work: go on with the next extent, if a processor is free for that.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -54,10 +55,12 @@ def pipeline() -> Iterator[Pipeline]:
     pager.close(force=True)
 
 
-def select(pipeline: Pipeline, *victims: Victim) -> None:
+def select(
+    pipeline: Pipeline, *victims: Victim, npages: Mapping[Victim, int] = MappingProxyType({})
+) -> None:
     chosen = [
         {"name": f"v{v.pid}", "match": {"pid": v.pid}, "domain": "d",
-         "regions": [{"start": v.ready, "npages": NPAGES}]}
+         "regions": [{"start": v.ready, "npages": npages.get(v, NPAGES)}]}
         for v in victims
     ]  # fmt: skip
     pipeline.targets.settings = Settings.model_validate({"version": 1, "targets": chosen})
@@ -141,7 +144,7 @@ def test_pages_unlike_the_store_page_of_their_checksum_are_left_alone_for_a_whil
         domain.store._pages = None
         for module in (checksum, reader):
             monkeypatch.setattr(module, "low32", lambda sums: np.full(len(sums), 7, np.uint32))
-        select(pipeline, one, other, third)
+        select(pipeline, one, other, third, npages={third: 1})
         for _ in pipeline.scanner.full_scan(1 << 20, ScanResult(), eager=True):
             pass
         found = merge(pipeline, asked=False)

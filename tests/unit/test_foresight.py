@@ -64,7 +64,7 @@ def test_few_landmarks_and_zeros_are_no_ground(foresight: Foresight):
         foresight.learn(slot, pages(0, few.size), few)
         foresight.learn(slot, pages(1000, 1000), zeros)
     assert foresight.source(B) is None
-    assert foresight.nbytes == 4 * 16
+    assert foresight.nbytes == 2 * 16, "each once"
 
 
 def test_what_lies_between_two_right_samples_is_foretold(foresight: Foresight):
