@@ -24,7 +24,7 @@ from stirring import Stirrer
 
 from ksmd.client import Client
 
-_MOST_PIDS = 4000
+_MOST_PIDS = 1000
 #: Seconds of work for each program: a short round, or what tests/programs --long asks for.
 SECONDS = float(os.environ.get("KSMD_PROGRAM_SECONDS", "5"))
 

@@ -208,12 +208,12 @@ def test_memory_that_does_not_fit_into_the_tables_is_merged_in_turns(victims, da
 def test_so_it_is_by_a_daemon_that_nobody_asks(victims, daemons):
     pair = [victims(pages=4096, layout="runs:long") for _ in range(2)]
     oracle = Oracle(*pair)
-    settings = settings_for(*pair, tables={"page_hash_size": 1500, "rmap_hash_size": 1500})
+    settings = settings_for(*pair, tables={"page_hash_size": 3000, "rmap_hash_size": 3000})
     settings["scan"] = {"pages_to_scan": 100_000, "sleep_millisecs": 0}
     settings["window"] = {"interval_secs": 0}
     daemon = daemons(settings)
     daemon.ctl("resume")
-    # a pass a second, two for each of seven parts, in up to three scales
+    # a pass a second, two for each of four parts, in up to three scales
     until(lambda: oracle.share() == 1, "every part had its turn", patience=120)
     check_all(pair)
 
