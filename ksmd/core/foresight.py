@@ -148,12 +148,11 @@ class Foresight:
         """
         if np.count_nonzero(right) < _LEAST_RIGHT * right.size:
             del self._sources[slot]
-        between = np.zeros(pages.size, np.bool_)
         good = right[1:] & right[:-1]
         steps = np.zeros(pages.size + 1, np.int8)
         steps[samples[:-1][good] + 1] += 1
         steps[samples[1:][good]] -= 1
-        between[:] = np.cumsum(steps[:-1]) > 0
+        between: Bools = np.cumsum(steps[:-1]) > 0
         ends = np.flatnonzero(np.diff(good, prepend=False, append=False)).reshape(-1, 2)
         low, high = pages[samples[ends[:, 0]]], pages[samples[ends[:, 1]]]
         self._foretold.setdefault(slot, []).extend(

@@ -212,7 +212,7 @@ class PageTables:
         table = self._maps.get(slot)
         if table is None or not pages.size:
             return np.zeros(pages.size, np.uint32)
-        return self._last(table, PageBits(pages))
+        return self._last(table, PageBits(pages))[0]
 
     def doubt(self, slot: int, pages: U64) -> None:
         """Take the checksums of *pages* (any order) of a target for unknown: as if never read."""
@@ -384,8 +384,7 @@ class PageTables:
 
         Returns the last checksum of every page (uint32, 0 for none) and which pages got a row.
         """
-        _, there = table.find(cut.keys)
-        old = self._last(table, cut)
+        old, there = self._last(table, cut)
         possible = there | _first(~there, self._blocks.room)
         fits = _first((old == 0) & possible[cut.which], self.rmap_size - self._rows)
         needed = np.zeros(cut.keys.size, np.bool_)
@@ -396,15 +395,15 @@ class PageTables:
         self._rows += int(np.count_nonzero(fits))
         return old, fits
 
-    def _last(self, table: BlockMap, cut: PageBits) -> U32:
-        """Return the last checksum of every page; 0 for none."""
+    def _last(self, table: BlockMap, cut: PageBits) -> tuple[U32, Bools]:
+        """Return the last checksum of every page, 0 for none, and which of its blocks there are."""
         at, there = table.find(cut.keys)
         old = np.zeros(cut.which.size, np.uint32)
         have = there[cut.which]
         blocks = table.blocks[at] if there.any() else np.zeros(at.size, np.uint32)
         rows = blocks[cut.which[have]].astype(np.intp) * BLOCK_PAGES + cut.offset[have]
         old[have] = self._blocks.flat()[rows]
-        return old
+        return old, there
 
 
 def _runs(keys: U64) -> tuple[Index, Index]:

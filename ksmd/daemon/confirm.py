@@ -8,7 +8,7 @@ for byte in the stop window.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -95,12 +95,7 @@ class Company:
 
     def lose(self, records: Records, carried: list[Records]) -> None:
         """Take note that of one user's *records* only those that were *carried* out map it."""
-        for sign, part in ((-1, records), *((1, part) for part in carried)):
-            first, end = _places(self._extent, part)
-            steps = np.zeros(self._users.size + 1, np.int64)
-            np.add.at(steps, first, sign)
-            np.add.at(steps, end, -sign)
-            self._users += np.cumsum(steps[:-1])
+        self._users += _per_page(carried, self._extent) - _per_page([records], self._extent)
 
 
 def strangers(
@@ -119,9 +114,14 @@ def strangers(
 
 
 def _users_of_pages(users: list[User], extent: Extent) -> NDArray[np.int64]:
+    """Count for each page of the extent the users who map it."""
+    return _per_page((records for _, _, records in users), extent)
+
+
+def _per_page(parts: Iterable[Records], extent: Extent) -> NDArray[np.int64]:
     """Count for each page of the extent the records that it is in."""
     steps = np.zeros(extent.npages + 1, np.int64)
-    for _, _, records in users:
+    for records in parts:
         first, end = _places(extent, records)
         np.add.at(steps, first, 1)
         np.add.at(steps, end, -1)

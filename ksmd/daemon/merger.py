@@ -199,16 +199,16 @@ class Merger:
         *new*, nobody else is stopped to map pages alone.
         """
         users = sorted(users, key=lambda user: not domain.foretold(user[0], user[2]).any())
-        company, failed = Company(users, extent), False
+        company: Company | None = None  # once somebody has failed
         for target, ground, records in users:
-            wanted = company.of(records, result.refused) if failed else records
+            wanted = records if company is None else company.of(records, result.refused)
             carried = yield from self._open_windows(
                 domain, target, ground, extent, wanted, asked, result
             )
             # who is refused as a whole is to be known by name, and so is everybody after him
             if new and target.refused is None and sum(map(len, carried)) < len(records):
+                company = company or Company(users, extent)
                 company.lose(records, carried)
-                failed = True
 
     def _meanwhile(self) -> None:
         """While a window is at work: go on with the next extent, if a processor is free for that.

@@ -272,6 +272,6 @@ class Domain:
 
     @property
     def table_bytes(self) -> int:
-        """Bytes of page hash, rmap and digest tables."""
+        """Bytes of page hash, rmap and digest tables, and of landmarks while there are some."""
         digests = len(self.sha1_cache) * _DIGEST_ENTRY
-        return self.tables.nbytes + digests + self.store.nbytes
+        return self.tables.nbytes + digests + self.store.nbytes + self.foresight.nbytes

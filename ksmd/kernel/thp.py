@@ -20,7 +20,6 @@ import errno
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from types import TracebackType
 
 from ksmd.kernel import libc
 from ksmd.kernel.sysfs import Settings, chosen
@@ -188,12 +187,7 @@ class LargeFolios:
         self._before = before
         return True
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         before, self._before = self._before, ""
         if before:
             self._put_back(before)

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import pipeline_lab
 import pytest
 from kernel_victims import Victim
+from pipeline_lab import running_pipeline
 
 from ksmd.core.foresight import STRIDE
 from ksmd.daemon import foretelling
 from ksmd.daemon.pipeline import AskedResult, Pipeline
 from ksmd.daemon.reader import Pages, Reader
-from ksmd.daemon.targets import Targets
-from ksmd.guard.client import Pager
-from ksmd.kernel.iouring import PinRing
 from ksmd.model.refusal import Reason
-from ksmd.remap.engine import Engine
-from ksmd.settings import Settings
 
 pytestmark = pytest.mark.root
 
@@ -60,28 +57,13 @@ class Counting(Reader):
 
 @pytest.fixture
 def pipeline() -> Iterator[Pipeline]:
-    settings = Settings.model_validate({"version": 1})
-    pager, engine = Pager(), Engine()
-    pager.start()
-    engine.start()
-    targets = Targets(settings, settings.resolved_tables(1 << 20), PinRing(), pager)
-    made = Pipeline(targets, engine, pager)
-    made.scanner._reader = Counting()
-    yield made
-    for target in targets:
-        targets.drop(target)
-    engine.close()
-    pager.close(force=True)
+    with running_pipeline() as made:
+        made.scanner._reader = Counting()
+        yield made
 
 
 def select(pipeline: Pipeline, *victims: Victim, npages: int = NPAGES) -> None:
-    chosen = [
-        {"name": f"v{v.pid}", "match": {"pid": v.pid}, "domain": "d",
-         "regions": [{"start": v.ready, "npages": npages}]}
-        for v in victims
-    ]  # fmt: skip
-    pipeline.targets.settings = Settings.model_validate({"version": 1, "targets": chosen})
-    pipeline.targets.refresh()
+    pipeline_lab.select(pipeline, dict.fromkeys(victims, npages))
 
 
 def pages_read(pipeline: Pipeline) -> int:

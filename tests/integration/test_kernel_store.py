@@ -399,9 +399,12 @@ reply(at)
 
 
 @pytest.mark.parametrize("large", [False, True])
-def test_a_pinned_extent_is_not_collapsed_by_another_process(large: bool, tmp_path: Path) -> None:
+def test_a_pinned_extent_is_not_collapsed_by_another_process(
+    large: bool, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     folios = large_folios(tmp_path) if large else None
     extent = memfd.create_extent("ksmd-test", HUGE_PAGE_PAGES, folios)
+    request.addfinalizer(lambda: memfd.release(extent))
     libc.view(extent.address, extent.length)[:] = b"k" * extent.length
     memfd.lock(extent)
     assert _own_smaps(extent)["ShmemPmdMapped"] == "0 kB"
@@ -417,4 +420,3 @@ def test_a_pinned_extent_is_not_collapsed_by_another_process(large: bool, tmp_pa
         # the same call works as soon as the pin is off: it was the pin that refused it
         assert any(other.ask("madvise(at, HUGE, 25)") == 0 for _ in range(10))
         assert other.ask("touch(at, 512)") == 512 * ord("k")
-    memfd.release(extent)

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
-from types import MappingProxyType
+from collections.abc import Iterator
 
 import numpy as np
+import pipeline_lab
 import pytest
 from kernel_victims import Victim
+from pipeline_lab import running_pipeline
 
 from ksmd.core import checksum, strangers, tables
 from ksmd.daemon import reader
 from ksmd.daemon.pipeline import Pipeline
 from ksmd.daemon.scanner import ScanResult
 from ksmd.daemon.state import Target
-from ksmd.daemon.targets import Targets
 from ksmd.daemon.windows import MergeResult
-from ksmd.guard.client import Pager
 from ksmd.kernel import procfs
-from ksmd.kernel.iouring import PinRing
 from ksmd.model.refusal import Reason
-from ksmd.remap.engine import Engine
 from ksmd.settings import Settings
 
 pytestmark = pytest.mark.root
@@ -43,28 +40,12 @@ SCRIPT = f"at = anon({NPAGES} * PAGE); fill(at, {NPAGES}); reply(at)\n"
 
 @pytest.fixture
 def pipeline() -> Iterator[Pipeline]:
-    settings = Settings.model_validate({"version": 1})
-    pager, engine = Pager(), Engine()
-    pager.start()
-    engine.start()
-    targets = Targets(settings, settings.resolved_tables(1 << 20), PinRing(), pager)
-    yield Pipeline(targets, engine, pager)
-    for target in targets:
-        targets.drop(target)
-    engine.close()
-    pager.close(force=True)
+    with running_pipeline() as made:
+        yield made
 
 
-def select(
-    pipeline: Pipeline, *victims: Victim, npages: Mapping[Victim, int] = MappingProxyType({})
-) -> None:
-    chosen = [
-        {"name": f"v{v.pid}", "match": {"pid": v.pid}, "domain": "d",
-         "regions": [{"start": v.ready, "npages": npages.get(v, NPAGES)}]}
-        for v in victims
-    ]  # fmt: skip
-    pipeline.targets.settings = Settings.model_validate({"version": 1, "targets": chosen})
-    pipeline.targets.refresh()
+def select(pipeline: Pipeline, *victims: Victim) -> None:
+    pipeline_lab.select(pipeline, dict.fromkeys(victims, NPAGES))
 
 
 def at_rest(*victims: Victim) -> None:
@@ -144,7 +125,7 @@ def test_pages_unlike_the_store_page_of_their_checksum_are_left_alone_for_a_whil
         domain.store._pages = None
         for module in (checksum, reader):
             monkeypatch.setattr(module, "low32", lambda sums: np.full(len(sums), 7, np.uint32))
-        select(pipeline, one, other, third, npages={third: 1})
+        pipeline_lab.select(pipeline, {one: NPAGES, other: NPAGES, third: 1})
         for _ in pipeline.scanner.full_scan(1 << 20, ScanResult(), eager=True):
             pass
         found = merge(pipeline, asked=False)
@@ -165,10 +146,7 @@ def test_a_target_is_not_read_again_before_it_has_run(pipeline: Pipeline) -> Non
         return result
 
     with Victim(script) as one:
-        chosen = {"name": "v", "match": {"pid": one.pid}, "domain": "d",
-                  "regions": [{"start": one.ready, "npages": many}]}  # fmt: skip
-        pipeline.targets.settings = Settings.model_validate({"version": 1, "targets": [chosen]})
-        pipeline.targets.refresh()
+        pipeline_lab.select(pipeline, {one: many})
         at_rest(one)
         assert after(0).new == many
         assert after(10).scanned == many, "nothing is known of it yet"
