@@ -15,8 +15,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
-from itertools import count
+from dataclasses import dataclass, replace
+from itertools import count as counting
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,7 +36,7 @@ from ksmd.core.layout import (
 )
 from ksmd.core.sets import among, distinct
 from ksmd.core.tables import Members
-from ksmd.model.plan import Plan
+from ksmd.model.plan import ExtentPlan, Plan
 from ksmd.model.refusal import Reason
 from ksmd.model.units import PAGE_SIZE
 
@@ -86,7 +86,7 @@ def make_plan(
     refused: Counter[Reason] = Counter()
     draft = _Draft(_only(members, ~zero), store, merged_neighbours, refused)
     verdict = draft.settle(vma_room, next_extent, limits)
-    extents = extents_of(draft.layout, draft.new_checksums())
+    extents = _marked(extents_of(draft.layout, draft.new_checksums()), verdict.ranked)
     return Plan(
         extents=extents,
         merges=verdict.ranked,
@@ -95,6 +95,15 @@ def make_plan(
         saved_pages=int(zero.sum() + draft.alive.size - draft.layout.pages.size),
         cost_bytes=verdict.vmas * limits.vma_bytes,
     )
+
+
+def _marked(extents: tuple[ExtentPlan, ...], runs: NDArray[np.void]) -> tuple[ExtentPlan, ...]:
+    """Mark the extents of which the *runs* are short."""
+    numbers, which = np.unique(runs["extent"], return_inverse=True)
+    count = np.bincount(which)
+    short = count * _SHORT_RUN > np.bincount(which, weights=runs["npages"])
+    scattered = set(numbers[short].tolist())
+    return tuple(replace(one, scattered=one.extent in scattered) for one in extents)
 
 
 def describe(plan: Plan, names: Mapping[int, str]) -> list[str]:
@@ -161,7 +170,7 @@ class _Draft:
 
     def settle(self, vma_room: Mapping[int, int], next_extent: int, limits: PlanLimits) -> _Verdict:
         """Refuse until every rule holds on what is left."""
-        for round_ in count():
+        for round_ in counting():
             users = self._prune()
             self._first = self._representatives(users)
             runs, starts = self._lay_out(next_extent, limits.extent_pages)

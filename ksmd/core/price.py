@@ -3,11 +3,14 @@
 A window takes a time of its own, whatever it does (stopping, infecting, curing), and so much for
 each run and each page. In what proportion runs and pages count was measured once; how much of it
 all differs between machines and targets (mappings, huge pages, noisy neighbours) and follows from
-what the last windows took. The two are learned apart: if a window's own time were taken for the
-price of its records, windows would grow shorter, and their own time weigh the more.
+what the last windows took; of a target that has had none yet, from those of the others. The two are
+learned apart: if a window's own time were taken for the price of its records, windows would grow
+shorter, and their own time weigh the more.
 """
 
 from __future__ import annotations
+
+from copy import copy
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,8 +27,8 @@ _AIM = 0.65
 #: A slow window counts for more than a fast one: too short costs time, too long breaks a promise.
 #: But not for much more, since one is slow for reasons that the next one does not have.
 _UP, _DOWN = 0.3, 0.15
-#: What is learned of records stays within these.
-_LEAST, _MOST = 0.2, 3.0
+#: What is learned of records stays within these; it begins in between, since slow machines exist.
+_LEAST, _FIRST, _MOST = 0.2, 2.0, 3.0
 #: The records' part is never less than this, for each microsecond of the window's own: a target
 #: whose stops take long whatever they do (tens of thousands of mappings) would else be stopped
 #: without end.
@@ -35,12 +38,16 @@ _TELLING = 200.0
 
 
 class WindowPrice:
-    """The price of one target's windows of one kind, in microseconds."""
+    """The price of windows of one kind, in microseconds: of one target, or of all."""
 
     def __init__(self, op: Op) -> None:
         self._run, self._page = _RUN[op], _PAGE[op]
-        self._scale = 1.0
+        self._scale = _FIRST
         self._own = _EMPTY
+
+    def copy(self) -> WindowPrice:
+        """Give one that knows the same, and learns by itself."""
+        return copy(self)
 
     def of(self, records: NDArray[np.void]) -> NDArray[np.float64]:
         """Return what each record (dtype RECORD) takes, in parts that :meth:`room` is made of."""
@@ -65,5 +72,5 @@ def _nearer(known: float, found: float) -> float:
 
 
 def all_prices() -> dict[Op, WindowPrice]:
-    """Return a new target's prices."""
+    """Return the prices of which nothing is known yet."""
     return {op: WindowPrice(op) for op in Op}

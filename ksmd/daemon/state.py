@@ -16,7 +16,7 @@ from ksmd.core.digest import HeadDigest, Sha1Cache
 from ksmd.core.eligibility import RefusedRanges
 from ksmd.core.foresight import Foresight
 from ksmd.core.ledger import StopTimes
-from ksmd.core.price import WindowPrice, all_prices
+from ksmd.core.price import WindowPrice
 from ksmd.core.selection import Selected
 from ksmd.core.sets import distinct
 from ksmd.core.sieve import Sieve
@@ -135,7 +135,7 @@ class Target:
     retry_at: float = 0.0
     last_window: float = 0.0
     stops: StopTimes = field(default_factory=StopTimes)
-    prices: dict[Op, WindowPrice] = field(default_factory=all_prices)
+    prices: dict[Op, WindowPrice] = field(default_factory=dict)
     zeros: NDArray[np.uint64] = field(default_factory=lambda: np.empty(0, np.uint64))
     emptied: list[NDArray[np.uint64]] = field(default_factory=list)
     zero_pages: int = 0

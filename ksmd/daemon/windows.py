@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ksmd.core.ledger import StopTimes
-from ksmd.core.price import WindowPrice
+from ksmd.core.price import WindowPrice, all_prices
 from ksmd.core.windows import Records, pages_of, spans, windows_of
 from ksmd.daemon import pulse
 from ksmd.daemon.prepare import prepare, refuse
@@ -77,6 +77,7 @@ class Windows:
         self._engine = engine
         self._pager = pager
         self.stops = StopTimes()  # of all targets, those that are gone included
+        self._usual = all_prices()  # what a target's first window of its kind is taken to cost
 
     def may_stop(self, target: Target, asked: Asked) -> bool:
         """Whether a stop window of *target* may be opened now."""
@@ -92,9 +93,11 @@ class Windows:
             records, max_runs or window.max_runs, window.max_pages, price, window.stop_ms
         )
 
-    @staticmethod
-    def _price(target: Target, records: Records) -> WindowPrice:
-        return target.prices[Op(int(records["op"][0]))]
+    def _price(self, target: Target, records: Records) -> WindowPrice:
+        op = Op(int(records["op"][0]))
+        if op not in target.prices:
+            target.prices[op] = self._usual[op].copy()
+        return target.prices[op]
 
     def _deadline_ms(self, target: Target) -> float:
         return target.deadline_ms(self._targets.settings.window.deadline_ms)
@@ -176,7 +179,8 @@ class Windows:
             target.accepted()
             target.stops.add(done.total_us / 1000)
             self.stops.add(done.total_us / 1000)
-            self._price(target, records).learn(records, done.total_us, done.at_work_us)
+            for price in (self._price(target, records), self._usual[Op(int(records["op"][0]))]):
+                price.learn(records, done.total_us, done.at_work_us)
         return done
 
     def account(

@@ -17,6 +17,11 @@ allocated as one huge page, and a hole is punched into it, which makes the kerne
 folios of 1 MiB and less (Linux 6.15; into single pages before), and the hole is filled again. What
 is pinned then cannot be collapsed any more by anybody.
 
+But where pages are mapped singly, and in any order, the store is made of single pages. When the
+kernel asks who has used a page (reclaim does, and DAMON all the time), it goes through all mappings
+of its whole folio, and who maps a page meanwhile waits: of a folio of 1 MiB that eight programs map
+page by page that is 2,048 mappings instead of eight, and has kept a stop window open for 100 ms.
+
 The file is 1 TiB long and sparse: when a target grows a merged mapping in place, it meets holes,
 which fault as missing and are answered with zeros by the guard. Beyond the end of a short file it
 would meet SIGBUS.
@@ -117,15 +122,17 @@ def _map(fd: int, length: int, prot: int) -> int:
     return address
 
 
-def create_extent(name: str, npages: int, folios: LargeFolios | None = None) -> ExtentMap:
+def create_extent(
+    name: str, npages: int, folios: LargeFolios | None = None, *, scattered: bool = False
+) -> ExtentMap:
     """Make an extent of *npages* pages, zeros or holes yet, with our writable mapping of them.
 
     *name* is what maps shows ("/memfd:NAME (deleted)"). *folios*: how large ones may be had. Blocks
-    of 2 MiB count from the file's start; for a last part below 2 MiB, and where no large folio is
-    free, there are single pages. Raises KsmdError (memory, descriptors), PrivilegeError,
-    KernelFeatureError.
+    of 2 MiB count from the file's start; for a last part below 2 MiB, where no large folio is free,
+    and where use will be *scattered*, there are single pages. Raises KsmdError (memory,
+    descriptors), PrivilegeError, KernelFeatureError.
     """
-    steps = creating(name, npages, folios)
+    steps = creating(name, npages, folios, scattered=scattered)
     while True:
         try:
             next(steps)
@@ -135,7 +142,7 @@ def create_extent(name: str, npages: int, folios: LargeFolios | None = None) -> 
 
 
 def creating(
-    name: str, npages: int, folios: LargeFolios | None = None
+    name: str, npages: int, folios: LargeFolios | None = None, *, scattered: bool = False
 ) -> Generator[None, None, ExtentMap]:
     """Do the same, in steps of 8 MiB. Closed before its end, it leaves nothing behind."""
     if npages <= 0 or npages * PAGE_SIZE > FILE_SIZE:
@@ -152,7 +159,7 @@ def creating(
         step = "mmap"
         address = _map(fd, length, libc.PROT_READ | libc.PROT_WRITE)
         step = "allocate"  # before the seals, which forbid holes
-        blocks = length & ~(HUGE_PAGE_SIZE - 1)
+        blocks = 0 if scattered else length & ~(HUGE_PAGE_SIZE - 1)
         for start in range(0, blocks, _STEP):
             _allocate(fd, address, start, min(start + _STEP, blocks), folios or LargeFolios())
             yield

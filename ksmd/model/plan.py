@@ -17,13 +17,15 @@ class ExtentPlan:
     """One extent of the store to be made.
 
     ``sources`` (dtype SPAN) are copied one after the other into pages 0, 1, ...; ``checksums``
-    (uint32, one per page) is what each copied page must have.
+    (uint32, one per page) is what each copied page must have. ``scattered``: those who share it map
+    short runs of it.
     """
 
     extent: int
     npages: int
     sources: NDArray[np.void]
     checksums: NDArray[np.uint32]
+    scattered: bool = False
 
 
 @dataclass(frozen=True, slots=True)

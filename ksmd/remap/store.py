@@ -154,7 +154,9 @@ class Store:
             raise KsmdError(
                 f"the store cannot grow by {plan.npages} pages: {available >> 20} MiB are available"
             )
-        made = yield from memfd.creating(f"ksmd-{self.domain}"[:200], plan.npages, self.folios)
+        name = f"ksmd-{self.domain}"[:200]
+        scattered = plan.scattered
+        made = yield from memfd.creating(name, plan.npages, self.folios, scattered=scattered)
         try:
             good = yield from self._filling(made, plan, copy)
             memfd.lock(made)

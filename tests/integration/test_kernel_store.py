@@ -63,7 +63,8 @@ def _own_smaps(extent: ExtentMap) -> dict[str, str]:
     lines = procfs.read_process(os.getpid(), "smaps").split(b"\n")
     ours = b" %d " % extent.inode  # in the line with the name: "132 kB" is no inode
     start = next(i for i, line in enumerate(lines) if b"/memfd:" in line and ours in line)
-    return proctext.parse_fields(b"\n".join(lines[start + 1 : start + 25]))
+    end = next(i for i in range(start, len(lines)) if lines[i].startswith(b"VmFlags:"))
+    return proctext.parse_fields(b"\n".join(lines[start + 1 : end + 1]))
 
 
 # ---------------------------------------------------------------- who may write
@@ -263,6 +264,17 @@ def test_where_the_kernel_gives_folios_of_1_mib_an_extent_is_made_of_them(tmp_pa
         fields = _own_smaps(extent)
         assert fields["ShmemPmdMapped"] == "0 kB"
         assert "hg" not in fields["VmFlags"].split()
+    finally:
+        memfd.release(extent)
+
+
+def test_what_is_to_be_mapped_singly_is_made_of_single_pages(tmp_path: Path) -> None:
+    npages = 2 * HUGE_PAGE_PAGES + 7
+    extent = memfd.create_extent("ksmd-test", npages, large_folios(tmp_path), scattered=True)
+    try:
+        memfd.lock(extent)
+        assert _folios(extent, npages) == [1] * npages
+        assert not any(os.pread(extent.fd_ro, extent.length, 0))
     finally:
         memfd.release(extent)
 

@@ -156,6 +156,14 @@ def test_scattered_pages_go_to_extents_that_may_be_larger(stride, large, sizes):
     assert sum(npages for _, npages, *_ in runs(plan)) == 200
 
 
+def test_an_extent_is_told_to_be_scattered_by_the_runs_of_those_who_map_it():
+    in_a_row = [(slot, i, 200 + i) for slot in (0, 1) for i in range(100)]
+    singly = [(slot, 1000 + 2 * i, 400 + i) for slot in (0, 1) for i in range(20)]
+    plan = plan_of(sorted(in_a_row + singly), extent_pages=100)
+    assert [(e.npages, e.scattered) for e in plan.extents] == [(100, False), (20, True)]
+    assert not plan_of([]).extents
+
+
 def test_the_longest_runs_are_taken_first_within_the_room_for_vmas():
     store = [(c, 1, c) for c in range(200, 300)]
     sites = [*array(0, 0, range(200, 203)), *array(0, 50, range(210, 240)), (0, 90, 250)]

@@ -92,5 +92,15 @@ def test_whatever_was_seen_every_record_comes_once(micros: float, stop_ms: float
     assert all(len(batch) for batch in batches)
 
 
+def test_a_copy_knows_the_same_and_learns_by_itself() -> None:
+    usual = WindowPrice(Op.MERGE)
+    windows(usual, 20_000, 30)
+    price = usual.copy()
+    assert max(windows(price, 2_000, 30)) <= STOP_MS * 1000, "the first window, too"
+    before = usual.room(STOP_MS)
+    windows(price, 20_000, 5)
+    assert price.room(STOP_MS) > usual.room(STOP_MS) == before
+
+
 def test_every_operation_has_its_price() -> None:
     assert set(all_prices()) == set(Op)
