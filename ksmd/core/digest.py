@@ -126,6 +126,8 @@ class Sha1Cache:
         self._npages[(self._pages >> 32) == extent] = 0
 
     def _places(self, store_pages: NDArray[np.uint64]) -> NDArray[np.intp]:
-        mixed = store_pages * _SPREAD >> np.uint64(32)
-        places: NDArray[np.intp] = (mixed % np.uint64(self._pages.size)).astype(np.intp)
-        return places
+        """Give the entries of runs: those of one extent lie side by side, and touch few pages."""
+        size, number = np.uint64(self._pages.size), store_pages >> np.uint64(32)
+        first = (number * _SPREAD >> np.uint64(32)) % size
+        places = (first + (store_pages & np.uint64(0xFFFF_FFFF))) % size
+        return places.astype(np.intp)

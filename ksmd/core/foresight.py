@@ -160,6 +160,10 @@ class Foresight:
         )
         return between
 
+    def has_foretold(self, slot: int) -> bool:
+        """Tell whether anything was foretold of a target in this scan."""
+        return slot in self._foretold
+
     def foretold(self, slot: int) -> Spans:
         """Give the pages of a target of which something was foretold in this scan."""
         table = np.array(sorted(self._foretold.get(slot, ())), np.uint64).reshape(-1, 2)

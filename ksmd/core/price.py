@@ -61,7 +61,8 @@ class WindowPrice:
     def learn(self, records: NDArray[np.void], micros: float, at_work: float) -> None:
         """Take in a window with *records*: it took *micros* in all, *at_work* on the records."""
         self._own = _nearer(self._own, max(0.0, micros - at_work))
-        expected = float(self.of(records).sum())
+        npages = int(records["length"].sum()) >> PAGE_SHIFT
+        expected = self._run * len(records) + self._page * npages
         if expected >= _TELLING:
             found = min(_MOST, max(_LEAST, at_work / expected))
             self._scale = _nearer(self._scale, found)

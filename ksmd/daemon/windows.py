@@ -29,6 +29,8 @@ from ksmd.model.window import Op, WindowRequest, WindowResult
 from ksmd.remap.engine import Engine, RefusedTargetError
 from ksmd.remap.store import Extent
 
+#: Operations that map the store.
+_MAPPING = frozenset({int(Op.MERGE), int(Op.REMERGE)})
 #: Refusals that have to do with the moment of the stop, and how often an asked window tries again.
 _MOMENTARY = frozenset({Reason.UNSTOPPABLE, Reason.NO_THREAD, Reason.STALE_STUB})
 _RETRIES = 3
@@ -216,6 +218,8 @@ class Windows:
         if done.reasons:
             domain.unequal(target.slot, pages_of(done.records[~done.done]))
         changed = [index for index, reason in done.reasons.items() if reason is Reason.CHANGED]
+        if not domain.foresight.has_foretold(target.slot):
+            return
         told = domain.foretold(target, done.records)
         if not domain.foresight.came_true(target.slot, int(told.sum()), int(told[changed].sum())):
             target.foreseeable = False
@@ -272,7 +276,8 @@ def announce(pager: Pager, slot: int, records: Records) -> None:
     pages are given back: fork copies that memory anyway, and what the program has dropped of it
     would come back to life in the child.
     """
-    mapped = records[(records["op"] == Op.MERGE) | (records["op"] == Op.REMERGE)]
-    pager.extend(slot, spans(mapped))
-    if np.any(records["op"] == Op.UNMERGE):
+    op = records["op"].item(0)  # of one kind, and so are all
+    if op in _MAPPING:
+        pager.extend(slot, spans(records))
+    elif op == Op.UNMERGE:
         pager.begin_unmerge(slot)

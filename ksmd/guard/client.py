@@ -28,6 +28,7 @@ from ksmd.guard.intervals import Intervals
 from ksmd.guard.line import DEADLINE, Line, PagerGoneError, PagerRefusedError
 from ksmd.guard.stored import Stored
 from ksmd.kernel import channel, libc, priority
+from ksmd.model.units import PAGE_SIZE
 
 #: Ranges per message: the pager answers faults between messages only.
 CHUNK = 256
@@ -39,6 +40,9 @@ RESTARTS = 20
 SUCCESSOR = 5.0
 
 Ranges = Iterable[tuple[int, int]]
+
+#: All ranges that there can be, for what is to be settled: no need to name each.
+_EVERYTHING = ((0, (1 << 64) - PAGE_SIZE),)
 
 
 class Pager:
@@ -403,7 +407,8 @@ class Pager:
         held = self._holds.targets.get(target)
         if held is not None:
             held.unmerging = False
-            self.settle(target, held.owed)
+            if held.owed:
+                self.settle(target, _EVERYTHING)
 
     def keep(self, extent: KeptExtent) -> None:
         """Have the pager hold an extent in place, so that our death does not move it."""

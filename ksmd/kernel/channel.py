@@ -18,6 +18,11 @@ _HEAD = struct.Struct("=I")
 _MAX_FDS = 64
 _BUFFER = 4 << 20
 _ONE = bytearray(1)  # what it holds is looked at by nobody
+#: As plain numbers: to combine flags of an enum takes longer than some system calls.
+_LENGTH_FLAGS = int(socket.MSG_PEEK | socket.MSG_TRUNC)
+_CUT_FLAGS = int(socket.MSG_TRUNC | socket.MSG_CTRUNC)
+_RECEIVE_FLAGS = int(socket.MSG_CMSG_CLOEXEC)
+_CONTROL_SPACE = socket.CMSG_SPACE(4 * _MAX_FDS)
 
 
 class PeerGoneError(Exception):
@@ -53,10 +58,8 @@ def receive(end: socket.socket) -> tuple[dict[str, Any], bytes, list[int]]:
     """Receive one message: header, payload, file descriptors (ours to close, close-on-exec)."""
     try:
         # its length first: to make room for the largest takes longer than most messages do
-        size = end.recv_into(_ONE, 1, socket.MSG_PEEK | socket.MSG_TRUNC)
-        data, control, flags, _ = end.recvmsg(
-            min(size, _BUFFER), socket.CMSG_SPACE(4 * _MAX_FDS), socket.MSG_CMSG_CLOEXEC
-        )
+        size = end.recv_into(_ONE, 1, _LENGTH_FLAGS)
+        data, control, flags, _ = end.recvmsg(min(size, _BUFFER), _CONTROL_SPACE, _RECEIVE_FLAGS)
     except ConnectionResetError as error:
         raise PeerGoneError from error
     fds: list[int] = []
@@ -65,7 +68,7 @@ def receive(end: socket.socket) -> tuple[dict[str, Any], bytes, list[int]]:
             fds.extend(array.array("i", content[: len(content) // 4 * 4]))
     if not data:
         raise PeerGoneError
-    if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+    if flags & _CUT_FLAGS:
         for fd in fds:
             os.close(fd)
         raise ValueError("message too large for the channel")

@@ -213,7 +213,9 @@ class Engine:
                 lost=error.lost,
             )
         results = np.empty(len(records), RESULT)
-        results[order] = np.frombuffer(data, STUB_RECORD)[["result", "stage"]]
+        found = np.frombuffer(data, STUB_RECORD)
+        for name in ("result", "stage"):  # one by one is faster than both as a structure
+            results[name][order] = found[name]
         done = (results["result"] == 0) & (results["stage"] == stub.STAGE_DONE)
         dropped = {int(order[int(at)]): Reason(reason) for at, reason in reply["dropped"].items()}
         reasons = {
