@@ -23,6 +23,7 @@ from ksmd.model.units import PAGE_SHIFT
 
 _SEED = 20080401  # any: contents are compared within one run
 _KIB = 1024
+_USER_END = 1 << 47  # the vsyscall page lies beyond
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,9 +105,24 @@ def shared_memory_pages(pid: int) -> int:
     return _kib(pid, "RssShmem") >> PAGE_SHIFT
 
 
-def resident_without_store(pid: int) -> int:
-    """Resident bytes of a process, memfds left out."""
-    return _kib(pid, "VmRSS") - _kib(pid, "RssShmem")
+def resident_without_store(pids: Sequence[int]) -> int:
+    """Bytes of memory behind the private mappings of some processes: what they share counts once.
+
+    So memfds are left out; a library counts in full, whoever else has it loaded.
+    """
+    parts = []
+    for pid in pids:
+        with PageMap(pid) as pagemap:
+            for vma in maps.maps(pid):
+                if vma.perms.endswith("p") and vma.end <= _USER_END:
+                    first, npages = vma.start >> PAGE_SHIFT, (vma.end - vma.start) >> PAGE_SHIFT
+                    parts.append(pagemap.entries(first, npages))
+    return frames(np.concatenate(parts)) << PAGE_SHIFT
+
+
+def descendants(pid: int) -> list[int]:
+    """A process, its children, theirs, and so on."""
+    return [pid, *(one for child in procfs.children(pid) for one in descendants(child))]
 
 
 def huge_bytes(victims: Sequence[Victim]) -> int:

@@ -26,7 +26,7 @@ class Costs:
     page_tables: int = 0
     tables: int = 0
     store: int = 0  # pages of the store that nobody maps
-    processes: int = 0  # resident, with the tables in it, without the store
+    processes: int = 0  # their distinct frames, with the tables in them, without the store
     kernel: int = 0  # rmap items and the like
 
     @property

@@ -261,12 +261,11 @@ class Ksmd:
     def report(self, entries: NDArray[np.uint64], /) -> Report:
         """Ask for the status, and /proc for the rest."""
         status = self._call("Status")
-        family = [self.pid, *procfs.children(self.pid)]
         spare = census.shared_memory_pages(self.pid) - census.file_frames(entries)
         costs = Costs(
             tables=_table_bytes(status),
             store=max(0, spare) * PAGE_SIZE,
-            processes=sum(census.resident_without_store(pid) for pid in family),
+            processes=census.resident_without_store(census.descendants(self.pid)),
         )
         details = {
             "refusals": status["refusals"],

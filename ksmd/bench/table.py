@@ -93,7 +93,7 @@ def _passes(workloads: list[Results]) -> tuple[str, Table]:
 
 
 def _memory(workloads: list[Results]) -> tuple[str, Table]:
-    columns = ("possible", "saved", "KSM", "net", "KSM", "x", "RSS", "B/page", "KSM")
+    columns = ("possible", "saved", "KSM", "net", "KSM", "x", "ours", "B/page", "KSM")
     table = of_columns("", *columns)
     for workload in workloads:
         table.add_row(
@@ -106,7 +106,7 @@ def _memory(workloads: list[Results]) -> tuple[str, Table]:
             plain(_figure(workload, OURS, "metadata_per_page")),
             plain(_figure(workload, THEIRS, "metadata_per_page")),
         )
-    title = "MiB possible, saved by distinct frames, net of all costs; ksmd's RSS; bytes of tables"
+    title = "MiB possible, saved by distinct frames, net of all costs; our processes; B of tables"
     return title, table
 
 

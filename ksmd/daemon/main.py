@@ -13,7 +13,7 @@ from ksmd.daemon.notify import Manager
 from ksmd.daemon.protocol import DEFAULT_SOCKET
 from ksmd.daemon.service import Service
 from ksmd.guard.client import Pager
-from ksmd.kernel import libc, rlimits
+from ksmd.kernel import footprint, libc, rlimits
 from ksmd.kernel.rivals import MAIN_COMM
 from ksmd.model.errors import KsmdError
 from ksmd.settings.apart import Reading
@@ -52,6 +52,7 @@ def run(
         if manager.kept:
             _leave_guarded(manager, str(name.absolute()))
         raise
+    footprint.settle_down()
     try:
         return service.run(early)
     except KsmdError as error:

@@ -23,7 +23,7 @@ from ksmd.daemon.targets import Targets
 from ksmd.daemon.unmerger import Unmerger
 from ksmd.daemon.windows import MergeResult, Windows
 from ksmd.guard.client import Pager
-from ksmd.kernel import libc
+from ksmd.kernel import footprint
 from ksmd.remap.engine import Engine
 from ksmd.settings.values import Settings
 
@@ -112,7 +112,8 @@ class Pipeline:
             yield from self._merge(asked, merge)
         self.last = PassResult(scan, merge, self._end_turns(asked, merge))
         if asked or merge.windows:
-            libc.trim_heap()
+            self.scanner.rest()
+            footprint.settle_down()
 
     def _batch(self, asked: bool) -> tuple[int, float]:
         """Give how many pages the scan that begins now takes before each sleep; of it, each page's.

@@ -30,8 +30,12 @@ class Reader:
     """The buffers of one daemon. For use by one thread at a time."""
 
     def __init__(self) -> None:
-        self._buffers = [Checksummer(_PAGES)]
+        self._buffers: list[Checksummer] = []
         self._pool: ThreadPoolExecutor | None = None
+
+    def rest(self) -> None:
+        """Give the buffers' memory back: nothing may be read for long."""
+        self._buffers.clear()
 
     def read(
         self, memory: Memory, pages: Pages, seed: int, *, at_once: bool = False
@@ -44,7 +48,7 @@ class Reader:
         sums = np.empty(len(pages), np.uint64)
         starts = iter(range(0, len(pages), _PAGES))  # shared by all threads: each takes the next
         threads = min(self._threads() if at_once else 1, -(-len(pages) // _PAGES))
-        while len(self._buffers) < threads:
+        while len(self._buffers) < max(1, threads):
             self._buffers.append(Checksummer(_PAGES))
         if threads > 1 and self._pool is None:
             self._pool = ThreadPoolExecutor(_MOST_THREADS - 1, "ksmd-reader")

@@ -64,6 +64,10 @@ class Scanner:
         """Number of the full scan that is under way, or was the last."""
         return self._seqnr
 
+    def rest(self) -> None:
+        """Keep no memory that only reading needs."""
+        self._reader.rest()
+
     def visit(self, target: Target, piece: Piece, budget: int, result: ScanResult) -> int:
         """Scan up to *budget* pages of a piece out of turn: the address to go on from.
 

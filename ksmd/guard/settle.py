@@ -52,6 +52,7 @@ def in_place(*also: signal.Signals) -> list[str]:
         signal.signal(number, signal.SIG_IGN)
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     gc.freeze()  # what start-up made lives for ever: collections stay short
+    libc.trim_heap()  # nor is what it left lying locked
     failed = []
     steps: tuple[tuple[str, Callable[[], None]], ...] = (
         ("set its name", lambda: _write("/proc/self/comm", COMM)),

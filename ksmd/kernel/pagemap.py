@@ -17,6 +17,7 @@ import errno
 import fcntl
 import functools
 import os
+import threading
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -63,6 +64,8 @@ _REGIONS = 4096
 _CHUNK_PAGES = 1 << 16
 _NEAR_PAGES = 1024  # an entry costs some 10 ns to read, a read some 20 us from Python
 _SHIFT = np.uint64(PAGE_SHIFT)
+
+_room = threading.local()
 
 
 class _PmScanArg(ctypes.Structure):
@@ -117,6 +120,14 @@ def has_scan() -> bool:
     return True
 
 
+def _regions() -> NDArray[np.void]:
+    """Give room for what one PAGEMAP_SCAN answers: one for all page maps of a thread."""
+    if not hasattr(_room, "regions"):
+        _room.regions = np.empty(_REGIONS, _REGION)
+    regions: NDArray[np.void] = _room.regions
+    return regions
+
+
 def _expand(regions: NDArray[np.void]) -> tuple[Pages, NDArray[np.uint64]]:
     """Turn regions into page numbers and the categories of each page."""
     counts = ((regions["end"] - regions["start"]) >> _SHIFT).astype(np.int64)
@@ -144,7 +155,6 @@ class PageMap:
             self._fd = os.open(procfs.task_path(pid, "pagemap"), os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise procfs.translate(error, f"process {pid}") from error
-        self._regions = np.empty(_REGIONS, _REGION)
 
     def __enter__(self) -> PageMap:
         return self
@@ -272,7 +282,7 @@ class PageMap:
         self, start: int, end: int, max_pages: int, *, mask: int, inverted: int, returned: int
     ) -> tuple[NDArray[np.void], int]:
         """Scan until *end* or *max_pages* (0: no limit): regions, and where the walk stopped."""
-        vector = self._regions
+        vector = _regions()
         parts: list[NDArray[np.void]] = []
         position, pages = start, 0
         while position < end and (not max_pages or pages < max_pages):

@@ -225,6 +225,7 @@ def main(arguments: list[str]) -> int:
     libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     with contextlib.suppress(KsmdError):  # without CAP_SYS_RESOURCE: stubs survive our death
         risks.set_oom_score_adj(os.getpid(), -900)
+    libc.trim_heap()  # start-up has left some lying
     tracer = Tracer(end)
     with contextlib.suppress(channel.PeerGoneError):  # the daemon died meanwhile
         channel.send(end, {"ready": os.getpid()})
