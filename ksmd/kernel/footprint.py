@@ -16,7 +16,7 @@ _READ_ONLY = frozenset({"r-xp", "r--p"})
 def settle_down() -> None:
     """Give back what only start-up needed, or work that is over.
 
-    To load numpy and a cryptography library brings in some MiB of them that are not looked at again.
+    To load numpy and a cryptography library brings in some MiB of them that nobody looks at again.
     Where a read-only mapping of a file has no page of its own (as those have that the loader wrote
     to before), what is needed after all comes back from the page cache, sixteen pages at a time.
     """

@@ -1,4 +1,4 @@
-"""What is given back after start-up comes back when it is needed, and nothing else is given back."""
+"""What is given back after start-up comes back when it is needed; nothing else is given back."""
 
 from __future__ import annotations
 
