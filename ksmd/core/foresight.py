@@ -90,6 +90,7 @@ class Foresight:
         """Begin a scan: what was known is of the past."""
         self.end()
         self._foretold: dict[int, list[tuple[int, int]]] = {}
+        self._spans: dict[int, Spans] = {}  # the same, put together where somebody has asked
         self._records: dict[int, tuple[int, int]] = {}
 
     def end(self) -> None:
@@ -155,6 +156,7 @@ class Foresight:
         between: Bools = np.cumsum(steps[:-1]) > 0
         ends = np.flatnonzero(np.diff(good, prepend=False, append=False)).reshape(-1, 2)
         low, high = pages[samples[ends[:, 0]]], pages[samples[ends[:, 1]]]
+        self._spans.pop(slot, None)
         self._foretold.setdefault(slot, []).extend(
             (int(first), int(last) + 1) for first, last in zip(low, high, strict=True)
         )
@@ -166,6 +168,11 @@ class Foresight:
 
     def foretold(self, slot: int) -> Spans:
         """Give the pages of a target of which something was foretold in this scan."""
+        if slot not in self._spans:
+            self._spans[slot] = self._together(slot)
+        return self._spans[slot]
+
+    def _together(self, slot: int) -> Spans:
         table = np.array(sorted(self._foretold.get(slot, ())), np.uint64).reshape(-1, 2)
         starts, ends = table[:, 0], np.maximum.accumulate(table[:, 1])
         starts[1:] = np.maximum(starts[1:], ends[:-1])  # what was foretold twice counts once

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ksmd.core.ledger import StopTimes
-from ksmd.core.price import WindowPrice, all_prices
+from ksmd.core.price import Aim, WindowPrice, all_prices
 from ksmd.core.windows import Records, pages_of, spans, windows_of
 from ksmd.daemon import pulse
 from ksmd.daemon.prepare import prepare, refuse
@@ -79,7 +79,9 @@ class Windows:
         self._engine = engine
         self._pager = pager
         self.stops = StopTimes()  # of all targets, those that are gone included
-        self._usual = all_prices()  # what a target's first window of its kind is taken to cost
+        self._aim = Aim()
+        # what a target's first window of its kind is taken to cost
+        self._usual = all_prices(self._aim)
 
     def may_stop(self, target: Target, asked: Asked) -> bool:
         """Whether a stop window of *target* may be opened now."""
@@ -183,6 +185,7 @@ class Windows:
             self.stops.add(done.total_us / 1000)
             for price in (self._price(target, records), self._usual[Op(int(records["op"][0]))]):
                 price.learn(records, done.total_us, done.at_work_us)
+            self._aim.learn(done.total_us, self._targets.settings.window.stop_ms)
         return done
 
     def account(

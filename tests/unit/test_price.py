@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ksmd.core.price import WindowPrice, all_prices
+from ksmd.core.price import Aim, WindowPrice, all_prices
 from ksmd.core.windows import windows_of
 from ksmd.model.tables import RECORD
 from ksmd.model.units import PAGE_SIZE
@@ -103,4 +103,32 @@ def test_a_copy_knows_the_same_and_learns_by_itself() -> None:
 
 
 def test_every_operation_has_its_price() -> None:
-    assert set(all_prices()) == set(Op)
+    assert set(all_prices(Aim())) == set(Op)
+
+
+@pytest.mark.parametrize("noise", [0.02, 0.3, 0.6])
+def test_99_of_100_windows_keep_to_their_budget_however_unsteady_the_machine(noise: float) -> None:
+    random = np.random.default_rng(7)
+    aim = Aim()
+    price = WindowPrice(Op.MERGE, aim)
+    took = []
+    for batch in windows_of(singles(1_500_000), 10**6, 10**6, price, STOP_MS):
+        work = 14 * len(batch) * (1 + noise * random.exponential())
+        took.append(400 + work)
+        price.learn(batch, took[-1], work)
+        aim.learn(took[-1], STOP_MS)
+    settled = np.array(took[len(took) // 2 :])
+    missed = np.mean(settled > STOP_MS * 1000)
+    print(f"\n  noise {noise}: aim {aim.part:.2f}, {missed:.1%} of {settled.size} missed")
+    assert missed <= 0.02
+    assert aim.part > 0.7 or missed > 0, "what there is to use is used"
+
+
+def test_an_aim_stays_within_bounds() -> None:
+    aim = Aim()
+    for _ in range(100):
+        aim.learn(10**6, STOP_MS)
+    assert 0.3 < aim.part < 0.5
+    for _ in range(5000):
+        aim.learn(0, STOP_MS)
+    assert 0.7 < aim.part < 0.9
