@@ -126,7 +126,7 @@ class Window(_Model):
     stop_ms: Annotated[int, Field(ge=1, le=1000)] = Field(
         default=5,
         description="Milliseconds that a stop window is to take, all in all. It is given so much "
-        "work as the windows before it would have done in 60 % of that; one run at least.",
+        "work that by those before it 99 of 100 keep to that; one run at least.",
     )
     max_pages: Annotated[int, Field(ge=1, le=1 << 20)] = Field(
         default=4096,
