@@ -103,6 +103,12 @@ class Windows:
             target.prices[op] = self._usual[op].copy()
         return target.prices[op]
 
+    def _learn(self, target: Target, records: Records, done: WindowResult) -> None:
+        """Take in what a window took: of its target, and of its kind."""
+        for price in (self._price(target, records), self._usual[Op(int(records["op"][0]))]):
+            price.learn(records, done.total_us, done.at_work_us)
+        self._aim.learn(done.total_us, self._targets.settings.window.stop_ms)
+
     def _deadline_ms(self, target: Target) -> float:
         return target.deadline_ms(self._targets.settings.window.deadline_ms)
 
@@ -183,9 +189,7 @@ class Windows:
             target.accepted()
             target.stops.add(done.total_us / 1000)
             self.stops.add(done.total_us / 1000)
-            for price in (self._price(target, records), self._usual[Op(int(records["op"][0]))]):
-                price.learn(records, done.total_us, done.at_work_us)
-            self._aim.learn(done.total_us, self._targets.settings.window.stop_ms)
+            self._learn(target, records, done)
         return done
 
     def account(
@@ -220,9 +224,9 @@ class Windows:
         assert done.done is not None
         if done.reasons:
             domain.unequal(target.slot, pages_of(done.records[~done.done]))
-        changed = [index for index, reason in done.reasons.items() if reason is Reason.CHANGED]
         if not domain.foresight.has_foretold(target.slot):
             return
+        changed = [index for index, reason in done.reasons.items() if reason is Reason.CHANGED]
         told = domain.foretold(target, done.records)
         if not domain.foresight.came_true(target.slot, int(told.sum()), int(told[changed].sum())):
             target.foreseeable = False
@@ -279,7 +283,7 @@ def announce(pager: Pager, slot: int, records: Records) -> None:
     pages are given back: fork copies that memory anyway, and what the program has dropped of it
     would come back to life in the child.
     """
-    op = records["op"].item(0)  # of one kind, and so are all
+    op = records["op"].item(0) if len(records) else None  # of one kind, and so are all
     if op in _MAPPING:
         pager.extend(slot, spans(records))
     elif op == Op.UNMERGE:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 import numpy as np
@@ -28,4 +29,5 @@ def settle_down() -> None:
                 found = pagemap.entries(vma.start >> PAGE_SHIFT, length >> PAGE_SHIFT)
                 own = pageentries.is_present(found) & ~pageentries.is_file(found)
                 if not np.any(own | pageentries.is_swapped(found)):
-                    libc.madvise(vma.start, length, libc.MADV_DONTNEED)
+                    with contextlib.suppress(OSError):  # locked: somebody wants it in memory
+                        libc.madvise(vma.start, length, libc.MADV_DONTNEED)
