@@ -10,7 +10,7 @@ from kernel_victims import Victim
 from pipeline_lab import running_pipeline
 
 from ksmd.core.foresight import STRIDE
-from ksmd.daemon import foretelling
+from ksmd.daemon import foretelling, state
 from ksmd.daemon.pipeline import AskedResult, Pipeline
 from ksmd.daemon.reader import Pages, Reader
 from ksmd.model.refusal import Reason
@@ -56,7 +56,10 @@ class Counting(Reader):
 
 
 @pytest.fixture
-def pipeline() -> Iterator[Pipeline]:
+def pipeline(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pipeline]:
+    # which pages are landmarks follows from the seed: of 70 seeds one leaves too few in the first
+    # thousand pages, and foretelling begins where the tests do not expect it
+    monkeypatch.setattr(state.secrets, "randbits", lambda bits: (1 << bits) // 3)
     with running_pipeline() as made:
         made.scanner._reader = Counting()
         yield made
