@@ -279,7 +279,8 @@ def test_registers_of_busy_threads_survive_merges(victims, daemons):
     pair = [victims("compute", pages=128) for _ in range(2)]
     daemon = daemons(settings_for(*pair) | CROWDED)
     worker = Worker(daemon)
-    assert sum(worker.round() for _ in range(8)) >= 8 * 250
+    # one more than is asked for: before the first the daemon may have merged all by itself
+    assert sum(worker.round() for _ in range(9)) >= 8 * 250
     for victim in pair:
         victim.await_rounds(4)
     check_all(pair)
