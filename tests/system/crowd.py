@@ -12,7 +12,10 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -24,7 +27,9 @@ from stirring import Stirrer
 
 from ksmd.client import Client
 
-_MOST_PIDS = 1000
+#: A fork bomb has more processes than a settings file may name, and reading them all takes longer
+#: than the round: the ones nearest to what the test has started will do.
+_MOST_PIDS = 100
 #: Seconds of work for each program: a short round, or what tests/programs --long asks for.
 SECONDS = float(os.environ.get("KSMD_PROGRAM_SECONDS", "5"))
 
@@ -48,6 +53,8 @@ class Crowd:
     ) -> None:
         self._least = least
         self._breaths = breaths
+        self._holding = threading.Lock()
+        self._held: list[int] = []  # pidfds
         self._started = time.monotonic()
         self._turn = 0
         self._roots: list[subprocess.Popen[str]] = []
@@ -82,12 +89,12 @@ class Crowd:
         """Count processes in that the test has started by other means, and ends itself."""
         self._adopted += pids
 
-    def pids(self) -> list[int]:
-        """List what runs of all that was started, and their descendants."""
+    def pids(self, most: int = sys.maxsize) -> list[int]:
+        """List what runs of all that was started, and their descendants, parents first."""
         found: list[int] = []
-        waiting = [root.pid for root in self._roots if root.poll() is None]
-        while waiting:
-            pid = waiting.pop()
+        waiting = deque(root.pid for root in self._roots if root.poll() is None)
+        while waiting and len(found) < most:
+            pid = waiting.popleft()
             found.append(pid)
             with contextlib.suppress(OSError):
                 for task in Path(f"/proc/{pid}/task").iterdir():
@@ -98,24 +105,28 @@ class Crowd:
     def _around(self, client: Client) -> Iterator[None]:
         self._choose(client)
         self._turn += 1
-        held = self._hold() if self._breaths and self._turn % 2 else []
+        if self._breaths and self._turn % 2:
+            self._hold()
         try:
             yield
         finally:
-            _let_go(held, signal.SIGCONT)
+            self._let_breathe()
 
-    def _hold(self) -> list[int]:
-        """Stop the processes: their pidfds."""
-        held = []
-        for pid in self._chosen:
-            with contextlib.suppress(ProcessLookupError):
-                held.append(os.pidfd_open(pid))
-                signal.pidfd_send_signal(held[-1], signal.SIGSTOP)
-        return held
+    def _hold(self) -> None:
+        """Stop the processes."""
+        with self._holding:
+            for pid in self._chosen if self._breaths else ():
+                with contextlib.suppress(ProcessLookupError):
+                    self._held.append(os.pidfd_open(pid))
+                    signal.pidfd_send_signal(self._held[-1], signal.SIGSTOP)
+
+    def _let_breathe(self) -> None:
+        with self._holding:
+            _let_go(self._held, signal.SIGCONT)
+            self._held = []
 
     def _choose(self, client: Client) -> None:
-        # a fork bomb has more processes than a settings file may name: some of them will do
-        pids = sorted([*self._adopted, *self.pids()[:_MOST_PIDS]])
+        pids = sorted([*self._adopted, *self.pids(_MOST_PIDS)])
         if pids != self._chosen:
             self._chosen = pids
             self.daemon.configure(_settings(pids))
@@ -147,6 +158,15 @@ class Crowd:
         """Wait until what stands still now has been read twice, and merged."""
         for _ in range(2):
             self.stirrer.await_scan()
+
+    def interrupt(self, process: subprocess.Popen[str]) -> str:
+        """End a program by SIGINT, merged on but held no more: its output; its code must be 0."""
+        self._breaths = False
+        self._let_breathe()
+        process.send_signal(signal.SIGINT)
+        said, _ = process.communicate(timeout=PATIENCE)
+        assert process.returncode == 0, said
+        return said
 
     def end(self, process: subprocess.Popen[str], number: int = signal.SIGTERM) -> int:
         """Ask a program to end: its exit code."""
