@@ -29,9 +29,9 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate, chain
-from types import TracebackType
 
 from ksmd.kernel import libc, procfs
+from ksmd.kernel.taskfile import TaskFile
 from ksmd.model.errors import KsmdError, TargetGoneError
 
 NR_PROCESS_VM_READV = 310
@@ -42,7 +42,7 @@ _IOV_MAX = 1024
 PIECE = 1 << 20
 
 
-class Memory:
+class Memory(TaskFile):
     """The memory of *pid*; close it, or use it as a context manager.
 
     Raises TargetGoneError, and PrivilegeError without the right to trace the process. Writing needs
@@ -51,34 +51,11 @@ class Memory:
     """
 
     def __init__(self, pid: int, *, writable: bool = False, tid: int | None = None) -> None:
-        self.pid = pid
-        self.tid = procfs.live_tid(pid) if tid is None else tid
+        super().__init__(pid, "mem", tid=tid, flags=os.O_RDWR if writable else os.O_RDONLY)
         #: Whether process_vm_readv may be used at all; its owner says so (risks.may_answer_faults).
         self.may_pin = False
         # a thread's id may be given away while its process lives on, the process's own may not
         self._vm_readv = self.tid == pid
-        flags = os.O_RDWR if writable else os.O_RDONLY
-        try:
-            self._fd = os.open(procfs.task_path(pid, "mem", self.tid), flags | os.O_CLOEXEC)
-        except OSError as error:
-            raise procfs.translate(error, f"process {pid}") from error
-
-    def __enter__(self) -> Memory:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close the file; a second close does nothing."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
 
     def read_into(self, address: int, view: memoryview) -> int:
         """Fill *view* (bytes, writable) from *address*; the number of bytes read.

@@ -19,7 +19,6 @@ import functools
 import os
 import threading
 from dataclasses import dataclass
-from types import TracebackType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +35,7 @@ from ksmd.kernel.pageentries import (
     is_swapped,
     pfn,
 )
+from ksmd.kernel.taskfile import TaskFile
 from ksmd.model.errors import TargetGoneError
 from ksmd.model.units import HUGE_PAGE_PAGES, PAGE_SHIFT, PAGE_SIZE
 
@@ -142,7 +142,7 @@ def pages_in(first: Pages, counts: NDArray[np.int64]) -> Pages:
     return pages
 
 
-class PageMap:
+class PageMap(TaskFile):
     """The page map of *pid*; close it, or use it as a context manager.
 
     It is tied to the memory it was opened on, as :class:`ksmd.kernel.memory.Memory` is: after exit
@@ -150,28 +150,7 @@ class PageMap:
     """
 
     def __init__(self, pid: int) -> None:
-        self.pid = pid
-        try:
-            self._fd = os.open(procfs.task_path(pid, "pagemap"), os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise procfs.translate(error, f"process {pid}") from error
-
-    def __enter__(self) -> PageMap:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close the file; a second close does nothing."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        super().__init__(pid, "pagemap")
 
     # ------------------------------------------------------------ entries
 

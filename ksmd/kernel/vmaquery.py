@@ -13,10 +13,10 @@ import os
 import struct
 from bisect import bisect_right
 from collections.abc import Iterator
-from types import TracebackType
 from typing import Final
 
 from ksmd.kernel import procfs
+from ksmd.kernel.taskfile import TaskFile
 from ksmd.model.vma import Vma
 
 # struct procmap_query, include/uapi/linux/fs.h
@@ -34,35 +34,13 @@ class _NoQueryError(Exception):
     """The kernel does not have the ioctl."""
 
 
-class VmaQuery:
+class VmaQuery(TaskFile):
     """VMAs of *pid* by address, through thread *tid*; true while the target is stopped."""
 
     def __init__(self, pid: int, tid: int) -> None:
-        self._pid = pid
-        self._tid = tid
-        try:
-            self._fd = os.open(procfs.task_path(pid, "maps", tid), os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise procfs.translate(error, f"process {pid}") from error
+        super().__init__(pid, "maps", tid=tid)
         self._all: list[Vma] | None = None
         self._last: Vma | None = None
-
-    def __enter__(self) -> VmaQuery:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close the file; a second close does nothing."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
 
     def covering(self, address: int) -> Vma | None:
         """Give the VMA that holds *address*, without path and flags; None for a hole."""
@@ -112,7 +90,7 @@ class VmaQuery:
                 return None
             if error.errno in (errno.ENOTTY, errno.EINVAL):
                 raise _NoQueryError from error
-            raise procfs.translate(error, f"process {self._pid}") from error
+            raise procfs.translate(error, f"process {self.pid}") from error
         _, _, _, start, end, found, _, offset, inode, major, minor, *_ = _QUERY.unpack(query)
         perms = "".join(letter if found & bit else "-" for bit, letter in _PERMS)
         perms += "s" if found & _SHARED else "p"
@@ -121,6 +99,6 @@ class VmaQuery:
 
     def _search(self, address: int) -> Vma | None:
         if self._all is None:
-            self._all = procfs.maps(self._pid, self._tid)
+            self._all = procfs.maps(self.pid, self.tid)
         at = bisect_right(self._all, address, key=lambda vma: vma.start) - 1
         return self._all[at] if at >= 0 and address < self._all[at].end else None
