@@ -73,6 +73,13 @@ class Program:
     def numbers(self, text: str) -> list[int]:
         return [int(number) for number in re.findall(r"-?\d+", self.ask(text))]
 
+    def await_its_threads(self) -> None:
+        """Wait until the one that vforks has: a thread begins with all signals blocked."""
+        deadline = time.monotonic() + PATIENCE
+        while not self.numbers("report")[0]:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+
     def untraced(self) -> None:
         """Wait until nobody traces any of its threads."""
         deadline = time.monotonic() + PATIENCE
@@ -192,7 +199,7 @@ def test_thread_that_does_not_stop_is_given_up_at_the_deadline(
     # the tracer looks at the states first; blind for them, it runs into the thread itself
     program = start(*arguments)
     target = procfs.target_id(program.pid)
-    time.sleep(0.05)
+    program.await_its_threads()
     before = signals(program.pid)
     for blind in (False, True):
         if blind:
@@ -217,6 +224,7 @@ def test_thread_that_stops_late_costs_no_tracer_and_everybody_goes_on(
     lab.engine.close()
     faulty_tracer(blind="states")
     tracer, refused = 0, []
+    program.await_its_threads()
     before = signals(program.pid)
     for _ in range(40):
         try:
