@@ -101,6 +101,14 @@ def tasks(pid: int) -> list[int]:
         raise translate(error, f"process {pid}") from error
 
 
+def task_count(pid: int) -> int:
+    """Tell how many tasks :func:`tasks` would give, at a third of its price."""
+    try:
+        return os.stat(f"/proc/{pid}/task").st_nlink - 2  # noqa: PTH116 - "." and ".." are two
+    except OSError as error:
+        raise translate(error, f"process {pid}") from error
+
+
 def task_stat(pid: int, tid: int) -> proctext.TaskStat:
     """Read the stat of one task."""
     return proctext.parse_stat(

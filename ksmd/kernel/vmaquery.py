@@ -22,9 +22,13 @@ from ksmd.model.vma import Vma
 # struct procmap_query, include/uapi/linux/fs.h
 _QUERY: Final = struct.Struct("=9Q4I2Q")
 _PROCMAP_QUERY: Final = 3 << 30 | _QUERY.size << 16 | ord("f") << 8 | 17
-_PERMS: Final = ((1, "r"), (2, "w"), (4, "x"))
 _EXECUTABLE: Final = 4
 _SHARED: Final = 8
+#: The four letters of maps by the lowest flags: 1 read, 2 write, then the two above.
+_PERMS: Final = tuple(
+    "".join(letters[flags >> bit & 1] for bit, letters in enumerate(("-r", "-w", "-x", "ps")))
+    for flags in range(16)
+)
 _OR_NEXT: Final = 0x10
 _FILE_BACKED: Final = 0x20
 _PATH_SIZE: Final = 4096
@@ -92,10 +96,8 @@ class VmaQuery(TaskFile):
                 raise _NoQueryError from error
             raise procfs.translate(error, f"process {self.pid}") from error
         _, _, _, start, end, found, _, offset, inode, major, minor, *_ = _QUERY.unpack(query)
-        perms = "".join(letter if found & bit else "-" for bit, letter in _PERMS)
-        perms += "s" if found & _SHARED else "p"
         text = os.fsdecode(name.value) if name is not None else ""
-        return Vma(start, end, perms, offset, (major, minor), inode, text)
+        return Vma(start, end, _PERMS[found & 15], offset, (major, minor), inode, text)
 
     def _search(self, address: int) -> Vma | None:
         if self._all is None:

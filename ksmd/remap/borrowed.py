@@ -15,7 +15,6 @@ import time
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from operator import add
 from types import TracebackType
 from typing import TYPE_CHECKING, Final
 
@@ -87,6 +86,7 @@ class Borrowed:
         self._changed = False
         self._running = False
         self._phase = 0
+        self._header = b""
         self._scratch = (0, 0)
         self._pagemap = -1
 
@@ -201,7 +201,7 @@ class Borrowed:
         code = stub.code()
         code_length = libc.page_ceil(len(code))
         header_at = code_length + _STUB_STACK
-        records_at = header_at + libc.page_ceil(stub.HEADER_SIZE)
+        records_at = header_at + stub.HEADER_SIZE
         trials_at = records_at + len(batch) * stub.RECORD_SIZE
         length = libc.page_ceil(trials_at + len(trials) * 8)
         base = self._map_scratch(length)
@@ -225,11 +225,10 @@ class Borrowed:
             fail_step=fail[0],
             fail_errno=fail[1],
             fail_record=fail[2],
-            **_layout(batch),
+            **batch.spans,
         )
         memory.write(base, code)
-        memory.write(header_at, header)
-        memory.write(records_at, batch.tobytes() + array("Q", trials).tobytes())
+        memory.write(header_at, header + batch.tobytes() + array("Q", trials).tobytes())
         started = time.perf_counter()
         self._running = True
         self._set(
@@ -240,10 +239,10 @@ class Borrowed:
         if not self._phase:
             self._leave()
             raise RefusedError(Reason.WINDOW_FAILED, "mprotect of scratch memory failed")
-        self._hand_over(header_at, fds)
+        self._hand_over(fds)
         taken = self._take(header_at) if mode == stub.MODE_SETUP else []
         self._until(header_at, 3)
-        outcome = self._results(header_at, records_at, len(batch))
+        outcome = self._results(records_at, len(batch))
         outcome.times["stub"] = (time.perf_counter() - started) * 1e6
         self._leave()
         return outcome, taken
@@ -264,9 +263,9 @@ class Borrowed:
             ptrace.cont(self._thread.tid)
             event, number = self._wait()
             if event == 0 and number == self._own.marker and self._is_ours():
-                self._phase = self._field(header_at, "phase")
-                registers = ptrace.getregs(self._thread.tid)
-                if not self._phase and registers.field("rsp") == _stack(header_at):
+                self._header = self._session.memory.read(header_at, stub.HEADER_SIZE)
+                self._phase = self._field("phase")
+                if not self._phase and self._stack_pointer() == _stack(header_at):
                     return
             else:
                 self._keep_signal(event, number)
@@ -277,23 +276,27 @@ class Borrowed:
         code, sender = struct.unpack_from("=i4xi", info, 8)
         return bool(code == _SI_TKILL and sender == self._own.pid)
 
-    def _field(self, header_at: int, name: str) -> int:
-        data = self._session.memory.read(header_at + stub.field_offset(name), 8)
-        return int(struct.unpack("=q", data)[0])
+    def _stack_pointer(self) -> int:
+        return ptrace.getregs(self._thread.tid).field("rsp")
+
+    def _field(self, name: str) -> int:
+        """Give a field of the stub's header, as it was at the last marker."""
+        return stub.field_of(self._header, name)
 
     def _getfd(self, number: int) -> int:
         return libc.pidfd_getfd(self._session.pidfd, number)
 
-    def _hand_over(self, header_at: int, fds: list[int]) -> None:
+    def _hand_over(self, fds: list[int]) -> None:
         """Queue *fds* on the stub's own socket: no path, no namespace, no name is needed."""
-        number = self._field(header_at, "socket")
+        number = self._field("socket")
         if number < 0:
             return  # the stub reports it
-        with socket.socket(fileno=self._getfd(number)) as end:
-            end.setblocking(False)
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", fds))]
+        # all of its kind is said, for it would be asked for otherwise
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM, 0, self._getfd(number)) as end:
             end.bind("")
             end.connect(end.getsockname())
-            end.sendmsg([b"x"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", fds))])
+            end.sendmsg([b"x"], rights, socket.MSG_DONTWAIT)
 
     def _descriptors(self, batch: Batch, contexts: Contexts) -> list[int]:
         fds = [contexts.alive]
@@ -310,17 +313,15 @@ class Borrowed:
     def _take(self, header_at: int) -> list[int]:
         """Take the two contexts that the stub made: guard, track."""
         self._until(header_at, 2)
-        if self._field(header_at, "error"):
+        if self._field("error"):
             return []
-        return [self._getfd(self._field(header_at, name)) for name in ("guard", "track")]
+        return [self._getfd(self._field(name)) for name in ("guard", "track")]
 
-    def _results(self, header_at: int, records_at: int, count: int) -> Outcome:
-        memory = self._session.memory
-        header = memory.read(header_at, stub.HEADER_SIZE)
+    def _results(self, records_at: int, count: int) -> Outcome:
         return Outcome(
-            memory.read(records_at, count * stub.RECORD_SIZE),
-            stub.field_of(header, "error"),
-            stub.field_of(header, "keep"),
+            self._session.memory.read(records_at, count * stub.RECORD_SIZE),
+            self._field("error"),
+            self._field("keep"),
             threads=len(self._session.stopped.threads),
         )
 
@@ -328,21 +329,3 @@ class Borrowed:
 def _stack(header_at: int) -> int:
     """Give the end of the stub's stack, which lies below the header."""
     return header_at - 64
-
-
-def _layout(batch: Batch) -> dict[str, int]:
-    """Give the header the spans that follow from the records."""
-    if not len(batch):
-        return {}
-    start, offset, store_len = batch.starts[0], 0, 0
-    if batch.op in (Op.MERGE, Op.REMERGE):
-        offset = min(batch.offsets)
-        store_len = max(map(add, batch.offsets, batch.lengths)) - offset
-    return {
-        "aside_len": batch.quarantine,
-        "fresh_len": batch.quarantine,
-        "store_offset": offset,
-        "store_len": store_len,
-        "wake_start": start,
-        "wake_len": max(batch.ends) - start,
-    }

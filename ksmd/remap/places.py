@@ -28,12 +28,13 @@ _PM_IN_USE: Final = 3 << 62  # present or swapped
 _STACK_DEPTH_KEPT: Final = 64 << 10
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Places:
-    """What a target's earlier window found."""
+    """What a target's earlier window found. ``laid``: frames of ours lie in the anchor."""
 
     gadgets: Gadgets
     stack_end: int
+    laid: bool = False
 
 
 _remembered: dict[int, _Places] = {}
@@ -94,10 +95,14 @@ def find_anchor(
     depth = leader.registers.field("rsp") - stack.start if leader is not None else -1
     if 0 <= depth < length + _STACK_DEPTH_KEPT:
         raise RefusedError(Reason.NO_ANCHOR, "the main stack is used down to its end")
-    if not _touched(memory, stack.start, length // PAGE_SIZE):
+    # whether a page was touched takes longer to ask than to read it, which touches it
+    known = _remembered[memory.pid]
+    if not known.laid and not _touched(memory, stack.start, length // PAGE_SIZE):
+        known.laid = True
         return Anchor(stack.start, length // PAGE_SIZE, None)
     content = memory.read(stack.start, length)
-    if frame.is_ours(content, found):
+    known.laid = frame.is_ours(content, found)
+    if known.laid:
         return Anchor(stack.start, length // PAGE_SIZE, None)
     if not 0 <= depth < stack.end - stack.start:
         raise RefusedError(Reason.NO_ANCHOR, "the end of the main stack is in use")

@@ -8,6 +8,7 @@ itself. Everything runs in the thread that seized. The caller has armed an alarm
 from __future__ import annotations
 
 import os
+import select
 import time
 from collections.abc import Sequence
 from typing import Final
@@ -37,25 +38,33 @@ class Session:
 
     def __init__(self, target: TargetId, until: float) -> None:
         self.pid = target.pid
-        self._check_states(target)
-        self._began = time.perf_counter()
-        self.stopped: Stopped = stop(self.pid, until)
+        self.pidfd = os.pidfd_open(self.pid)
+        try:
+            self._check_states(target)
+            self._began = time.perf_counter()
+            self.stopped: Stopped = stop(self.pid, until)
+        except BaseException:
+            os.close(self.pidfd)
+            raise
         self.stop_us = self._elapsed_us()
         self.total_us = 0.0
         self.resend: set[int] = set()
-        self.pidfd = -1
         self._memory: Memory | None = None
         self._query: VmaQuery | None = None
+        self._rseqs: dict[int, tuple[int, int]] = {}
         try:
-            if not procfs.is_same(target):
-                raise RefusedError(Reason.GONE)
+            if _has_ended(self.pidfd):
+                raise RefusedError(Reason.GONE)  # and another may have its pid
             # the first thread, if it has not ended, which the open file then proves
             first = self.pid if self.pid in self.stopped.threads else None
             self._memory = Memory(self.pid, writable=True, tid=first)
             self.tid = self._memory.tid
             self._query = VmaQuery(self.pid, self.tid)
-            # PIDFD_THREAD, Linux 6.9: a first thread that has ended has no descriptor table
-            self.pidfd = os.pidfd_open(self.tid, os.O_EXCL if self.tid != self.pid else 0)
+            if self.tid != self.pid:
+                # PIDFD_THREAD, Linux 6.9: a first thread that has ended has no descriptor table
+                os.close(self.pidfd)
+                self.pidfd = -1
+                self.pidfd = os.pidfd_open(self.tid, os.O_EXCL)
         except BaseException:
             self.__exit__()
             raise
@@ -119,11 +128,15 @@ class Session:
 
     def _rseq(self, tid: int) -> tuple[int, int]:
         """Give (address, size) of the thread's struct rseq; (0, 0) when it has none."""
-        try:
-            configuration = ptrace.rseq_configuration(tid)
-        except OSError:  # a kernel without the request has no rseq to fear for ptrace (< 5.13)
-            return 0, 0
-        return configuration.address, configuration.size
+        found = self._rseqs.get(tid)
+        if found is None:
+            try:
+                configuration = ptrace.rseq_configuration(tid)
+                found = configuration.address, configuration.size
+            except OSError:  # a kernel without the request has no rseq to fear for ptrace (< 5.13)
+                found = 0, 0
+            self._rseqs[tid] = found
+        return found
 
     def _inside_rseq(self) -> set[int]:
         """Threads that stand in a restartable sequence. In a system call none does."""
@@ -188,3 +201,10 @@ class Session:
             if address:
                 pages.update(range(address // PAGE_SIZE, (address + size - 1) // PAGE_SIZE + 1))
         return pages
+
+
+def _has_ended(pidfd: int) -> bool:
+    """Tell whether the process of *pidfd* has ended, all its threads included."""
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(0))

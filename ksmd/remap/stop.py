@@ -258,7 +258,11 @@ def stop(pid: int, until: float) -> Stopped:
     stopped = Stopped(pid)
     known: set[int] = set()
     try:
-        while new := [tid for tid in procfs.tasks(pid) if tid not in known]:
+        # as many as stand still, which are all alive: then they are all there are
+        while not known or procfs.task_count(pid) != len(stopped.threads):
+            new = [tid for tid in procfs.tasks(pid) if tid not in known]
+            if not new:
+                break
             known.update(new)
             waiting: set[int] = set()
             for tid in new:

@@ -12,6 +12,8 @@ from bisect import bisect_left
 from operator import add
 from typing import Final
 
+from ksmd.model.window import Op
+
 #: Exit status of a tracer: a thread did not stop in time.
 EXIT_UNSTOPPABLE: Final = 10
 #: Exit status of a tracer: the stub did not end in time. It goes on and leaves by itself.
@@ -28,7 +30,10 @@ _LOW: Final = 0xFFFF_FFFF
 
 
 class Batch:
-    """The records of one window: of one operation, ascending by ``starts``."""
+    """The records of one window: of one operation, ascending by ``starts``.
+
+    What can be known without the target is worked out at once, before it is stopped.
+    """
 
     def __init__(self, payload: bytes = b"") -> None:
         self._words = array("Q", payload)
@@ -37,6 +42,7 @@ class Batch:
         self.ends = array("Q", map(add, self.starts, self.lengths))
         self.offsets = self._words[2::_WORDS]
         self.op = self._words[4] & _LOW if self._words else -1
+        self.spans = self._spans()
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -45,6 +51,24 @@ class Batch:
     def quarantine(self) -> int:
         """Bytes that the quarantine takes."""
         return max(map(add, self._words[3::_WORDS], self.lengths), default=0)
+
+    def _spans(self) -> dict[str, int]:
+        """Give the fields of the stub's header that follow from the records, in bytes."""
+        if not len(self):
+            return {}
+        start, offset, store_len = self.starts[0], 0, 0
+        if self.op in (Op.MERGE, Op.REMERGE):
+            offset = min(self.offsets)
+            store_len = max(map(add, self.offsets, self.lengths)) - offset
+        aside = self.quarantine
+        return {
+            "aside_len": aside,
+            "fresh_len": aside,
+            "store_offset": offset,
+            "store_len": store_len,
+            "wake_start": start,
+            "wake_len": max(self.ends) - start,
+        }
 
     def skip(self, index: int) -> None:
         """Leave a record out."""
