@@ -8,12 +8,11 @@ itself. Everything runs in the thread that seized. The caller has armed an alarm
 from __future__ import annotations
 
 import os
-import select
 import time
 from collections.abc import Sequence
 from typing import Final
 
-from ksmd.kernel import procfs, ptrace
+from ksmd.kernel import peer, procfs, ptrace
 from ksmd.kernel.memory import Memory
 from ksmd.kernel.vmaquery import VmaQuery
 from ksmd.model.errors import KsmdError
@@ -38,7 +37,7 @@ class Session:
 
     def __init__(self, target: TargetId, until: float) -> None:
         self.pid = target.pid
-        self.pidfd = os.pidfd_open(self.pid)
+        self.pidfd = peer.open_process(self.pid)
         try:
             self._check_states(target)
             self._began = time.perf_counter()
@@ -53,8 +52,8 @@ class Session:
         self._query: VmaQuery | None = None
         self._rseqs: dict[int, tuple[int, int]] = {}
         try:
-            if _has_ended(self.pidfd):
-                raise RefusedError(Reason.GONE)  # and another may have its pid
+            if peer.ended(self.pidfd):  # then another may have its pid
+                raise RefusedError(Reason.GONE)
             # the first thread, if it has not ended, which the open file then proves
             first = self.pid if self.pid in self.stopped.threads else None
             self._memory = Memory(self.pid, writable=True, tid=first)
@@ -201,10 +200,3 @@ class Session:
             if address:
                 pages.update(range(address // PAGE_SIZE, (address + size - 1) // PAGE_SIZE + 1))
         return pages
-
-
-def _has_ended(pidfd: int) -> bool:
-    """Tell whether the process of *pidfd* has ended, all its threads included."""
-    poll = select.poll()
-    poll.register(pidfd, select.POLLIN)
-    return bool(poll.poll(0))
