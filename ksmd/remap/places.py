@@ -30,7 +30,7 @@ _STACK_DEPTH_KEPT: Final = 64 << 10
 
 @dataclass(slots=True)
 class _Places:
-    """What a target's earlier window found. ``laid``: frames of ours lie in the anchor."""
+    """What a target's earlier window found. ``laid``: frames of ours have been seen there."""
 
     gadgets: Gadgets
     stack_end: int
@@ -95,10 +95,9 @@ def find_anchor(
     depth = leader.registers.field("rsp") - stack.start if leader is not None else -1
     if 0 <= depth < length + _STACK_DEPTH_KEPT:
         raise RefusedError(Reason.NO_ANCHOR, "the main stack is used down to its end")
-    # whether a page was touched takes longer to ask than to read it, which touches it
     known = _remembered[memory.pid]
+    # to look is quicker than to ask, but touches what nobody has touched
     if not known.laid and not _touched(memory, stack.start, length // PAGE_SIZE):
-        known.laid = True
         return Anchor(stack.start, length // PAGE_SIZE, None)
     content = memory.read(stack.start, length)
     known.laid = frame.is_ours(content, found)
