@@ -162,11 +162,11 @@ def shares_memory(pid: int) -> int | None:
             return other
         # a process whose first thread has ended has its memory in the others only
         try:
-            if os.stat(f"/proc/{other}/task").st_nlink <= 3:  # noqa: PTH116 - "." ".." and one task
+            if procfs.task_count(other) <= 1:
                 continue
             if any(_same_mm(tid, task) for task in procfs.tasks(other)[-2:]):
                 return other
-        except (OSError, TargetGoneError):
+        except (PrivilegeError, TargetGoneError):
             continue
     return None
 

@@ -105,7 +105,7 @@ class Crowd:
     def _around(self, client: Client) -> Iterator[None]:
         self._choose(client)
         self._turn += 1
-        if self._breaths and self._turn % 2:
+        if self._turn % 2:
             self._hold()
         try:
             yield
@@ -113,7 +113,7 @@ class Crowd:
             self._let_breathe()
 
     def _hold(self) -> None:
-        """Stop the processes."""
+        """Stop the processes, if they are to be held at all."""
         with self._holding:
             for pid in self._chosen if self._breaths else ():
                 with contextlib.suppress(ProcessLookupError):
@@ -191,7 +191,7 @@ class Crowd:
             assert figures.merged >= self._least, f"too little was merged: {figures}"
 
     def _kill(self) -> None:
-        """End what is left, children first: a dead parent's are no longer found."""
+        """End what is left, all found before the first ends: a dead parent's are not."""
         held = []
         for pid in self.pids():
             with contextlib.suppress(ProcessLookupError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from itertools import pairwise
 
 import pytest
@@ -156,7 +157,9 @@ def test_a_pid_that_nobody_has_is_gone() -> None:
     if pid == 0:
         os._exit(0)
     os.waitpid(pid, 0)
-    for verb in (procfs.start_time, procfs.tasks, procfs.maps, procfs.process_info):
+    for verb in (
+        procfs.start_time, procfs.tasks, procfs.task_count, procfs.maps, procfs.process_info
+    ):  # fmt: skip
         with pytest.raises(TargetGoneError):
             verb(pid)
     assert not procfs.is_same(TargetId(pid, 1))
@@ -196,6 +199,18 @@ def test_what_a_process_has_mapped_is_known_after_its_first_thread_has_ended() -
             process.kill()
     with pytest.raises(TargetGoneError):
         procfs.mapped_pages(process.pid)
+
+
+def test_tasks_are_counted_as_they_are_listed() -> None:
+    go = threading.Event()
+    others = [threading.Thread(target=go.wait) for _ in range(3)]
+    before = procfs.task_count(os.getpid())
+    for thread in others:
+        thread.start()
+    assert procfs.task_count(os.getpid()) == len(procfs.tasks(os.getpid())) == before + 3
+    go.set()
+    for thread in others:
+        thread.join()
 
 
 def test_our_own_process_is_described_truly() -> None:
