@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 #: Output never gets wider than this, whatever the terminal.
 WIDTH = 100
+#: Seconds that a daemon has for an answer that it need not work for.
+TIMEOUT = 30.0
 INTERRUPTED = 130  # 128 + SIGINT, as a shell would say
 BROKEN_PIPE = 141  # 128 + SIGPIPE
 

@@ -24,12 +24,12 @@ from rich.text import Text
 
 from ksmd.cli import estimate as estimate_verb
 from ksmd.cli import features as features_verb
-from ksmd.cli import render
+from ksmd.cli import render, words
 from ksmd.cli.common import console
 from ksmd.cli.demo_daemon import DemoDaemon
 from ksmd.cli.demo_workers import Part, Sizes, Worker, expected_sums, shared_byte
 from ksmd.cli.scan import described, scan
-from ksmd.cli.status import available_memory
+from ksmd.cli.screens.status import available_memory
 from ksmd.client import Client
 from ksmd.daemon import estimate
 from ksmd.kernel import pageentries, procfs, proctext
@@ -100,8 +100,8 @@ class Demo:
     def _start_workers(self) -> None:
         sizes = self._sizes
         self._title(
-            f"{self._count} workers, each with {render.size(sizes.shared)} of the same data,"
-            f" {render.size(sizes.private)} of its own and {render.size(sizes.zero)} of zeros"
+            f"{self._count} workers, each with {words.size(sizes.shared)} of the same data,"
+            f" {words.size(sizes.private)} of its own and {words.size(sizes.zero)} of zeros"
         )
         with self._busy("the workers fill their memory …"):
             for number in range(self._count):
@@ -145,7 +145,7 @@ class Demo:
         share = saved / duplicates
         self._say(
             f"distinct physical pages: {before.frames:,} before, {merged.frames:,} merged:"
-            f" {render.pages_size(saved)} came free, {share:.1%} of the duplicates"
+            f" {words.pages_size(saved)} came free, {share:.1%} of the duplicates"
         )
         if share < ENOUGH:
             raise KsmdError(f"only {share:.1%} of the duplicates were merged, not {ENOUGH:.0%}")
@@ -175,8 +175,8 @@ class Demo:
         after = self._measure()
         least = self._count * (self._sizes.shared + self._sizes.private) // PAGE_SIZE
         self._say(
-            f"{render.count(reply['pages'], 'page')} given back: {after.frames:,} distinct physical"
-            f" pages, {render.pages_size(after.frames - merged.frames)} more than while merged"
+            f"{words.count(reply['pages'], 'page')} given back: {after.frames:,} distinct physical"
+            f" pages, {words.pages_size(after.frames - merged.frames)} more than while merged"
         )
         self._say("(zeros take no memory until somebody writes to them)")
         if after.frames < least:
@@ -203,8 +203,8 @@ class Demo:
         made = render.table("", ">before", ">merged", ">unmerged")
         columns = (before, merged, after)
         made.add_row("distinct physical pages", *(f"{one.frames:,}" for one in columns))
-        made.add_row("  as memory", *(render.pages_size(one.frames) for one in columns))
-        made.add_row("Pss of the workers", *(render.size(one.pss) for one in columns))
+        made.add_row("  as memory", *(words.pages_size(one.frames) for one in columns))
+        made.add_row("Pss of the workers", *(words.size(one.pss) for one in columns))
         self._out.print()
         self._out.print(made)
         self._out.print()
@@ -281,7 +281,7 @@ def _require(workers: int, sizes: Sizes) -> None:
     available = available_memory()
     if available is not None and needed > available:
         raise KsmdError(
-            f"the demo may need {render.size(needed)}, and {render.size(available)} are available",
+            f"the demo may need {words.size(needed)}, and {words.size(available)} are available",
             "choose fewer --workers or a smaller --mib",
         )
 

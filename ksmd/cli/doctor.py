@@ -17,11 +17,11 @@ from rich.console import Console
 from rich.text import Text
 
 from ksmd.cli import features as features_verb
-from ksmd.cli import render
+from ksmd.cli import render, words
 from ksmd.cli.common import console, print_json
 from ksmd.client import Client, DaemonUnavailableError
 from ksmd.guard import door
-from ksmd.kernel import ksm, risks, rivals
+from ksmd.kernel import ksm, procfs, rivals
 from ksmd.kernel.rivals import Running
 from ksmd.model.errors import Exit, KsmdError, PrivilegeError
 from ksmd.model.features import Feature
@@ -86,11 +86,11 @@ def show(out: Console, found: Sequence[Finding]) -> None:
     made = render.table("", "what was found", "what to do")
     for one in sorted(found, key=lambda one: order.index(one.level)):
         mark = Text(one.level, style=_STYLES[one.level])
-        made.add_row(mark, Text(render.safe(one.what, 400)), Text(render.safe(one.advice, 400)))
+        made.add_row(mark, Text(words.safe(one.what, 400)), Text(words.safe(one.advice, 400)))
     out.print(made)
     out.print()
     open_ = sum(one.level != "good" for one in found)
-    out.print(Text(f"{render.count(open_, 'finding')} to act on." if open_ else "All is well."))
+    out.print(Text(f"{words.count(open_, 'finding')} to act on." if open_ else "All is well."))
 
 
 def of_features(found: Iterable[Feature]) -> Iterator[Finding]:
@@ -127,7 +127,7 @@ def of_settings(file: Path) -> Iterator[Finding]:
         advice = "name the processes to merge under targets:, see ksmd.yaml(5)"
         yield Finding("warning", f"{file} selects no process, so nothing is merged", advice)
         return
-    yield Finding("good", f"{file} is right ({render.count(len(loaded.files), 'file')})")
+    yield Finding("good", f"{file} is right ({words.count(len(loaded.files), 'file')})")
 
 
 def of_daemon(socket: Path | str) -> Iterator[Finding]:
@@ -144,7 +144,7 @@ def of_daemon(socket: Path | str) -> Iterator[Finding]:
     except KsmdError as error:
         yield Finding("problem", str(error), error.hint or "look at `journalctl -u ksmd`")
         return
-    yield from of_status(status, risks.mem_available())
+    yield from of_status(status, procfs.mem_available())
     yield from of_kernel_ksm(
         ksm.read() or {},
         {one["pid"]: rivals.kernel_ksm_pages(one["pid"]) for one in status["targets"]},
@@ -154,15 +154,15 @@ def of_daemon(socket: Path | str) -> Iterator[Finding]:
 def of_status(status: Mapping[str, Any], available: int) -> Iterator[Finding]:
     """Judge the counters. *available*: bytes of memory that are available."""
     targets = status["targets"]
-    saved = render.size(status["general_profit"])
-    yield Finding("good", f"ksmd runs: {render.count(len(targets), 'target')}, profit {saved}")
+    saved = words.size(status["general_profit"])
+    yield Finding("good", f"ksmd runs: {words.count(len(targets), 'target')}, profit {saved}")
     if status["paused"]:
         yield Finding("warning", "scanning is paused", "`ksmctl resume` goes on")
     if status["headroom_bytes"] > available:
         yield Finding(
             "warning",
-            f"un-sharing all would take {render.size(status['headroom_bytes'])}, and only"
-            f" {render.size(available)} are available",
+            f"un-sharing all would take {words.size(status['headroom_bytes'])}, and only"
+            f" {words.size(available)} are available",
             "free memory, or unmerge process by process (`ksmctl unmerge --pid N`)",
         )
     if status["run"] == "merge" and status["full_scans"] and status["general_profit"] < 0:
@@ -180,7 +180,7 @@ def of_status(status: Mapping[str, Any], available: int) -> Iterator[Finding]:
         sentence = SENTENCES[Reason(reason)] if known else reason
         yield Finding(
             "warning",
-            f"{render.count(count, 'target')} left alone: {sentence}",
+            f"{words.count(count, 'target')} left alone: {sentence}",
             "`ksmctl why PID` says more",
         )
 

@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from ksmd.cli import render
+from ksmd.cli import render, words
 from ksmd.cli.common import console, print_json, process_id
 from ksmd.model.units import PAGE_SIZE
 
@@ -62,10 +62,10 @@ def headline(found: Mapping[str, Any]) -> str:
     if total["saved_bytes"] <= 0:
         return "Merging would save nothing."
     share = total["saved_bytes"] / (total["resident_pages"] * PAGE_SIZE)
-    costs = f" ({render.size(total['vma_bytes'])} of VMAs subtracted)" if total["vma_bytes"] else ""
+    costs = f" ({words.size(total['vma_bytes'])} of VMAs subtracted)" if total["vma_bytes"] else ""
     return (
-        f"Merging would save {render.size(total['saved_bytes'])}{costs} of"
-        f" {render.pages_size(total['resident_pages'])} of memory: {share:.1%}"
+        f"Merging would save {words.size(total['saved_bytes'])}{costs} of"
+        f" {words.pages_size(total['resident_pages'])} of memory: {share:.1%}"
     )
 
 
@@ -99,13 +99,13 @@ def _domains(domains: list[Mapping[str, Any]]) -> Any:
     )  # fmt: skip
     for one in sorted(domains, key=lambda one: (-one["saved_bytes"], one["domain"])):
         made.add_row(
-            Text(render.safe(one["domain"], 40)),
-            render.count(one["processes"]),
-            render.pages_size(one["resident_pages"]),
-            render.pages_size(one["zero_pages"]),
-            render.pages_size(one["duplicates_within"]),
-            render.pages_size(one["duplicates_across"]),
-            render.size(one["saved_bytes"]),
+            Text(words.safe(one["domain"], 40)),
+            words.count(one["processes"]),
+            words.pages_size(one["resident_pages"]),
+            words.pages_size(one["zero_pages"]),
+            words.pages_size(one["duplicates_within"]),
+            words.pages_size(one["duplicates_across"]),
+            words.size(one["saved_bytes"]),
             f"{one['share_of_runs_16']:.0%}",
         )
     made.caption = Text("in runs: share of the pages to be mapped in runs of 16 or more (cheap)")
@@ -120,11 +120,11 @@ def _processes(processes: list[Mapping[str, Any]]) -> Any:
         detail = f" ({one['detail']})" if one["detail"] else ""
         made.add_row(
             str(one["pid"]),
-            Text(render.safe(one["name"], 40)),
-            Text(render.safe(one["domain"], 40)),
-            render.pages_size(one["pages"]),
-            render.pages_size(one["fork_shared"]),
-            Text(render.safe(one["sentence"] + detail)),
+            Text(words.safe(one["name"], 40)),
+            Text(words.safe(one["domain"], 40)),
+            words.pages_size(one["pages"]),
+            words.pages_size(one["fork_shared"]),
+            Text(words.safe(one["sentence"] + detail)),
         )
     if len(listed) > _LISTED:
         made.caption = Text(f"and {len(listed) - _LISTED} smaller ones (all are in --json)")

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from rich.console import Console
 from rich.text import Text
 
-from ksmd.cli import render
+from ksmd.cli import render, words
 from ksmd.cli.common import console, print_json
 from ksmd.model.errors import Exit
 from ksmd.model.features import Feature
@@ -51,11 +51,11 @@ def show(out: Console, found: Sequence[Feature]) -> None:
     made = render.table("feature", "", "detail, or what its absence costs")
     for feature in found:
         if feature.present:
-            mark, words = Text("yes", style="green"), feature.detail
+            mark, told = Text("yes", style="green"), feature.detail
         else:
             mark = Text("no", style="bold red" if feature.needed else "yellow")
-            words = f"{feature.without} ({feature.detail})" if feature.detail else feature.without
-        made.add_row(feature.name, mark, Text(render.safe(words, 300)))
+            told = f"{feature.without} ({feature.detail})" if feature.detail else feature.without
+        made.add_row(feature.name, mark, Text(words.safe(told, 300)))
     out.print(made)
     out.print()
     missing = [feature.name for feature in found if feature.needed and not feature.present]

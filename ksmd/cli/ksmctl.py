@@ -1,45 +1,30 @@
-"""``ksmctl``: the operator's command. One module per verb; this one only finds it."""
+"""``ksmctl``: the operator's command. One module per verb."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Sequence
-from types import ModuleType
 
 import ksmd
-from ksmd.cli import (
-    check_config,
-    doctor,
-    estimate,
-    features,
-    pause,
-    plan,
-    resume,
-    scan,
-    status,
-    sysfs,
-    targets,
-    unmerge,
-    why,
-)
+from ksmd.cli import verbs
 from ksmd.cli.common import fill_in, global_options, guarded
 
-VERBS: dict[str, ModuleType] = {
-    "status": status,
-    "targets": targets,
-    "why": why,
-    "scan": scan,
-    "pause": pause,
-    "resume": resume,
-    "unmerge": unmerge,
-    "estimate": estimate,
-    "plan": plan,
-    "features": features,
-    "check-config": check_config,
-    "sysfs": sysfs,
-    "doctor": doctor,
-}
+VERBS = (
+    "status",
+    "targets",
+    "why",
+    "scan",
+    "pause",
+    "resume",
+    "unmerge",
+    "estimate",
+    "plan",
+    "features",
+    "check-config",
+    "sysfs",
+    "doctor",
+)
 
 _EPILOG = """\
 exit codes: 0 well, 1 failed, 2 usage or wrong settings, 3 lacking privilege, 4 lacking a kernel
@@ -47,8 +32,8 @@ feature. estimate, features, check-config and doctor need no daemon.
 """
 
 
-def parser() -> argparse.ArgumentParser:
-    """Make the parser of the whole command line."""
+def parser(only: Sequence[str] = VERBS) -> argparse.ArgumentParser:
+    """Make the parser of the whole command line, or of these verbs alone."""
     options = global_options()
     made = argparse.ArgumentParser(
         prog="ksmctl",
@@ -58,20 +43,16 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     made.add_argument("--version", action="version", version=f"ksmctl {ksmd.__version__}")
-    verbs = made.add_subparsers(metavar="VERB", required=True, dest="verb")
-    for name, module in VERBS.items():
-        verb = verbs.add_parser(
-            name, help=module.HELP, description=(module.__doc__ or "").strip(), parents=[options],
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )  # fmt: skip
-        module.add_arguments(verb)
+    verbs.add_to(made, only, [options])
     return made
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Do what the command line says; the exit code."""
-    args = fill_in(parser().parse_args(argv))
-    return guarded("ksmctl", lambda: int(VERBS[args.verb].run(args)))
+    given = sys.argv[1:] if argv is None else argv
+    only = verbs.chosen(given, VERBS, [global_options()])
+    args = fill_in(parser(only).parse_args(given))
+    return guarded("ksmctl", lambda: int(verbs.module(args.verb).run(args)))
 
 
 if __name__ == "__main__":

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from ksmd.cli import render
-from ksmd.cli.common import console, print_json
-from ksmd.cli.status import TIMEOUT
+from ksmd.cli import words
+from ksmd.cli.common import TIMEOUT, console, print_json
 from ksmd.client import Client
 
 HELP = "what the next pass would merge, without doing it"
@@ -25,16 +24,16 @@ def run(args: argparse.Namespace) -> int:
         return 0
     out = console()
     out.print(
-        f"Would save {render.pages_size(plan['saved_pages'])} for {plan['cost_bytes']} bytes of"
-        f" VMAs: {render.count(plan['runs'], 'run')} into"
-        f" {render.count(plan['extents'], 'new extent')},"
-        f" {render.count(plan['zero_runs'], 'run')} of zero pages."
+        f"Would save {words.pages_size(plan['saved_pages'])} for {plan['cost_bytes']} bytes of"
+        f" VMAs: {words.count(plan['runs'], 'run')} into"
+        f" {words.count(plan['extents'], 'new extent')},"
+        f" {words.count(plan['zero_runs'], 'run')} of zero pages."
     )
     for target in plan["targets"]:
         out.print(
-            f"  {target['pid']} {render.safe(target['name'], 40)}:"
-            f" {render.count(target['pages'], 'page')} in {render.count(target['runs'], 'run')},"
-            f" {render.count(target['zero_pages'], 'zero page')}"
+            f"  {target['pid']} {words.safe(target['name'], 40)}:"
+            f" {words.count(target['pages'], 'page')} in {words.count(target['runs'], 'run')},"
+            f" {words.count(target['zero_pages'], 'zero page')}"
         )
     if not plan["targets"]:
         out.print("Nothing is planned: pages are candidates when two scans saw them unchanged.")

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from ksmd.cli.common import print_json
-from ksmd.cli.status import TIMEOUT
+from ksmd.cli.common import TIMEOUT, print_json
 from ksmd.client import Client
 
 HELP = "scan on after a pause"

@@ -6,9 +6,8 @@ import argparse
 import sys
 from typing import Any
 
-from ksmd.cli import render
-from ksmd.cli.common import complain, console, print_json
-from ksmd.cli.status import TIMEOUT
+from ksmd.cli import words
+from ksmd.cli.common import TIMEOUT, complain, console, print_json
 from ksmd.client import Client
 
 HELP = "scan everything and merge, now"
@@ -51,13 +50,12 @@ def scan(ksmd: Client, *, wait: bool, until_settled: bool) -> dict[str, Any]:
     """Have *ksmd* scan; while waiting at a terminal, one line on stderr tells of each pass."""
     if not wait:
         return ksmd.call("Scan", until_settled=until_settled or None)
-    err = console(sys.stderr)
     reply: dict[str, Any] = {}
-    if not err.is_terminal:
+    if not sys.stderr.isatty():
         for reply in ksmd.stream("Scan", wait=True, until_settled=until_settled):  # noqa: B007
             pass  # the last reply is the result
         return reply
-    with err.status("scanning …") as line:
+    with console(sys.stderr).status("scanning …") as line:
         for reply in ksmd.stream("Scan", wait=True, until_settled=until_settled):
             line.update(f"scanning … {described(reply)} so far")
     return reply
@@ -66,7 +64,7 @@ def scan(ksmd: Client, *, wait: bool, until_settled: bool) -> dict[str, Any]:
 def described(reply: dict[str, Any]) -> str:
     """Say what a scan did until now."""
     return (
-        f"{render.count(reply['scanned'], 'page')} scanned,"
-        f" {render.count(reply['merged'])} merged ({render.pages_size(reply['merged'])})"
-        f" in {render.count(reply['passes'])} {'pass' if reply['passes'] == 1 else 'passes'}"
+        f"{words.count(reply['scanned'], 'page')} scanned,"
+        f" {words.count(reply['merged'])} merged ({words.pages_size(reply['merged'])})"
+        f" in {words.count(reply['passes'])} {'pass' if reply['passes'] == 1 else 'passes'}"
     )

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from ksmd.cli import render
-from ksmd.cli.common import console, print_json
-from ksmd.cli.status import TIMEOUT
+from ksmd.cli.common import TIMEOUT, console, print_json
 from ksmd.client import Client
 
 HELP = "the processes that ksmd works on: savings, VMAs used, stops"
@@ -23,6 +21,8 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json(reply)
         return 0
+    from ksmd.cli import render  # noqa: PLC0415  (rich)
+
     out = console()
     if not reply["targets"]:
         out.print("No process is selected: see `targets:` in the settings.")

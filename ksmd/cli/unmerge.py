@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ksmd.cli import render
-from ksmd.cli.common import complain, print_json, process_id
-from ksmd.cli.status import TIMEOUT
+from ksmd.cli import words
+from ksmd.cli.common import TIMEOUT, complain, print_json, process_id
 from ksmd.client import Client
 
 HELP = "give merged pages back to their processes"
@@ -31,13 +30,13 @@ def run(args: argparse.Namespace) -> int:
     for refusal in refused:
         what = f"{refusal['subject']}: " if refusal["subject"] else ""
         detail = f" ({refusal['detail']})" if refusal["detail"] else ""
-        complain("ksmctl", render.safe(f"{what}{refusal['sentence']}{detail}", 400))
+        complain("ksmctl", words.safe(f"{what}{refusal['sentence']}{detail}", 400))
     return 1 if refused else 0
 
 
 def show(reply: dict[str, Any], *, wait: bool, pid: int | None) -> None:
     """Say what was done, and what scanning will do about it."""
-    what = f"{render.count(reply['pages'], 'page')} ({render.pages_size(reply['pages'])})"
+    what = f"{words.count(reply['pages'], 'page')} ({words.pages_size(reply['pages'])})"
     whose = f" to process {pid}" if pid is not None else ""
     if wait:
         print(f"{what} given back{whose}.")

@@ -32,7 +32,7 @@ from ksmd.daemon.journal import fields
 from ksmd.daemon.state import Domain, Target
 from ksmd.daemon.targets import Targets
 from ksmd.daemon.windows import Asked, MergeResult, Windows, is_asked
-from ksmd.kernel import risks
+from ksmd.kernel import procfs, risks
 from ksmd.model.errors import KsmdError, TargetGoneError
 from ksmd.model.plan import ExtentPlan, Plan
 from ksmd.model.refusal import Reason
@@ -335,4 +335,4 @@ class Merger:
 
 def _scattered_pages() -> int:
     """Give how large an extent for scattered pages may be: filling it comes before freeing any."""
-    return min(_SCATTERED_PAGES, risks.mem_available() // _SCATTERED_SHARE >> PAGE_SHIFT)
+    return min(_SCATTERED_PAGES, procfs.mem_available() // _SCATTERED_SHARE >> PAGE_SHIFT)

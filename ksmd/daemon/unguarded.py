@@ -32,7 +32,7 @@ from ksmd.core.windows import unmerge_records, windows_of
 from ksmd.daemon.prepare import refuse_early
 from ksmd.daemon.state import PASSING, STORE_PATH, Target
 from ksmd.daemon.targets import Targets
-from ksmd.kernel import maps, memfd, procfs, risks
+from ksmd.kernel import maps, memfd, procfs
 from ksmd.kernel.memory import Memory
 from ksmd.kernel.pagemap import PageMap
 from ksmd.model.errors import KsmdError, TargetGoneError
@@ -116,7 +116,7 @@ class Rescue:
         return found
 
     def _unmerge(self, one: Unguarded) -> Iterator[float]:
-        needed, available = one.npages << PAGE_SHIFT, risks.mem_available() - MEMORY_RESERVE
+        needed, available = one.npages << PAGE_SHIFT, procfs.mem_available() - MEMORY_RESERVE
         if needed > available:
             raise KsmdError(f"that takes {needed >> 20} MiB, {max(0, available) >> 20} are there")
         refused: RefusedTargetError | None = None

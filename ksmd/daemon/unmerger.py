@@ -21,7 +21,7 @@ from ksmd.daemon.state import Target
 from ksmd.daemon.targets import Targets
 from ksmd.daemon.windows import Windows
 from ksmd.guard.intervals import Intervals
-from ksmd.kernel import libc, risks
+from ksmd.kernel import libc, procfs
 from ksmd.model.errors import KsmdError, TargetGoneError
 from ksmd.model.refusal import Reason
 from ksmd.model.units import PAGE_SHIFT, PAGE_SIZE
@@ -154,7 +154,7 @@ class Unmerger:
 
 def _check_memory(needed: int) -> None:
     """Raise NotEnoughMemoryError, with figures, where *needed* bytes would not fit."""
-    available = risks.mem_available() - MEMORY_RESERVE
+    available = procfs.mem_available() - MEMORY_RESERVE
     if needed > available:
         raise NotEnoughMemoryError(
             f"unmerging takes {needed >> 20} MiB and only {max(0, available) >> 20} MiB are"

@@ -297,3 +297,9 @@ def smaps_text(pid: int, tid: int | None = None) -> bytes:
 def boot_id() -> str:
     """Give the number of this boot of the kernel."""
     return read_file("/proc/sys/kernel/random/boot_id", "the boot id").decode().strip()
+
+
+def mem_available() -> int:
+    """Give MemAvailable of the host in bytes."""
+    fields = proctext.parse_fields(read_file("/proc/meminfo", "memory of the host"))
+    return int(fields["MemAvailable"].split()[0]) * 1024

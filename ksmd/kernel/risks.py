@@ -246,12 +246,6 @@ def max_map_count() -> int:
     return int(procfs.read_file("/proc/sys/vm/max_map_count", "vm.max_map_count"))
 
 
-def mem_available() -> int:
-    """Give MemAvailable of the host in bytes."""
-    fields = proctext.parse_fields(procfs.read_file("/proc/meminfo", "meminfo"))
-    return int(fields["MemAvailable"].split()[0]) * 1024
-
-
 def is_x86_64_header(header: bytes) -> bool:
     """Tell by its first 20 bytes whether an ELF file is a 64-bit program for x86-64 (elf(5))."""
     if len(header) < 20 or header[:4] != b"\x7fELF":

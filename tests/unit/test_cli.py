@@ -16,10 +16,12 @@ import pytest
 from rich.console import Console
 
 from ksmd import __version__
-from ksmd.cli import check_config, features, ksmctl, render, status, unmerge, why
+from ksmd.cli import check_config, features, ksmctl, unmerge, verbs, why, words
 from ksmd.cli import ksmd as ksmd_command
-from ksmd.cli.common import WIDTH, console, guarded
+from ksmd.cli.common import WIDTH, console, global_options, guarded
 from ksmd.cli.demo_workers import Sizes, expected_sums, shared_byte
+from ksmd.cli.screens import status as status_screen
+from ksmd.cli.screens import why as why_screen
 from ksmd.daemon import interface
 from ksmd.daemon.control import ControlServer
 from ksmd.daemon.protocol import DEFAULT_SOCKET
@@ -180,22 +182,22 @@ def test_without_a_daemon_every_verb_that_needs_one_says_so(tmp_path, capsys):
 
 
 def test_sizes_and_counts_read_well():
-    assert [render.size(n) for n in (0, 1, 1023, 4096, 10_485_760, -(3 << 29), 5 << 50)] == [
+    assert [words.size(n) for n in (0, 1, 1023, 4096, 10_485_760, -(3 << 29), 5 << 50)] == [
         "0 B", "1 B", "1023 B", "4.00 KiB", "10.0 MiB", "-1.50 GiB", "5.00 PiB",
     ]  # fmt: skip
-    assert render.count(1, "page") == "1 page"
-    assert render.count(12_345, "page") == "12,345 pages"
-    assert render.pages_size(256) == "1.00 MiB"
+    assert words.count(1, "page") == "1 page"
+    assert words.count(12_345, "page") == "12,345 pages"
+    assert words.pages_size(256) == "1.00 MiB"
 
 
 def test_status_fits_a_hundred_columns_and_starts_with_the_savings():
-    text = shown(status.show, golden(), 50 << 30)
+    text = shown(status_screen.show, golden(), 50 << 30)
     assert fits(text)
     assert text.splitlines()[0] == "ksmd saves 71.3 GiB, after its own costs"
 
 
 def test_status_names_every_refusal_with_its_sentence():
-    words = " ".join(shown(status.show, golden(), None).split())
+    words = " ".join(shown(status_screen.show, golden(), None).split())
     for reason in Reason:
         assert reason.value in words
     # sentences are folded over lines inside their column, so compare by words of the last cell
@@ -204,30 +206,30 @@ def test_status_names_every_refusal_with_its_sentence():
 
 
 def test_names_of_processes_cannot_drive_the_terminal():
-    text = shown(status.show, golden(), None)
+    text = shown(status_screen.show, golden(), None)
     assert "\x1b" not in text
     assert "\udcff" not in text
     assert "wörker?[31m?[bo" in "".join(text.split())
 
 
 def test_status_warns_when_the_host_could_not_hold_everything_unshared():
-    assert "Take care" in shown(status.show, golden(headroom_bytes=10 << 30), 9 << 30)
-    assert "Take care" not in shown(status.show, golden(headroom_bytes=9 << 30), 10 << 30)
+    assert "Take care" in shown(status_screen.show, golden(headroom_bytes=10 << 30), 9 << 30)
+    assert "Take care" not in shown(status_screen.show, golden(headroom_bytes=9 << 30), 10 << 30)
 
 
 def test_status_says_how_often_and_how_long_anybody_was_stopped():
-    text = shown(status.show, golden(stops=1234, stop_ms_p99=3.21, stop_ms_max=7.89), None)
+    text = shown(status_screen.show, golden(stops=1234, stop_ms_p99=3.21, stop_ms_max=7.89), None)
     assert "1,234, 99 of 100 no longer than 3.2 ms, the longest 7.9 ms" in text
-    assert "none so far" in shown(status.show, golden(), None)
+    assert "none so far" in shown(status_screen.show, golden(), None)
 
 
 def test_status_says_how_to_undo():
-    assert "ksmctl unmerge" in shown(status.show, golden(), None)
-    assert "ksmctl pause" in shown(status.show, golden(), None)
+    assert "ksmctl unmerge" in shown(status_screen.show, golden(), None)
+    assert "ksmctl pause" in shown(status_screen.show, golden(), None)
 
 
 def test_a_loss_is_called_a_loss():
-    text = shown(status.show, golden(general_profit=-4096), None)
+    text = shown(status_screen.show, golden(general_profit=-4096), None)
     assert text.splitlines()[0] == "ksmd costs 4.00 KiB more than it saves"
     assert "does not pay" in text
 
@@ -244,11 +246,11 @@ def test_a_loss_is_called_a_loss():
     ],
 )
 def test_the_state_of_the_daemon_is_one_sentence(changes, words):
-    assert words in status.state(golden(**changes))
+    assert words in status_screen.state(golden(**changes))
 
 
 def test_an_empty_status_is_shown_too():
-    text = shown(status.show, dataclasses.asdict(Status()), 1 << 30)
+    text = shown(status_screen.show, dataclasses.asdict(Status()), 1 << 30)
     assert fits(text)
     assert text.startswith("ksmd saves 0 B")
 
@@ -270,7 +272,7 @@ WHY = {
 
 def test_why_fits_and_answers_for_the_page():
     assert interface.load().gives("Why", WHY) is None
-    text = shown(why.show, WHY, 0x7F0000000000)
+    text = shown(why_screen.show, WHY, 0x7F0000000000)
     assert fits(text)
     assert "The page at 0x7f0000000000 is volatile" in text
     assert "7f0000000000-7ffffffff000" in text.split()
@@ -298,19 +300,19 @@ def test_why_asks_for_every_range_of_a_process_that_has_many(count):
 
 
 def test_why_sums_up_what_is_left_alone_and_lists_the_rest():
-    text = shown(why.show, WHY, None)
+    text = shown(why_screen.show, WHY, None)
     assert fits(text)
     assert text.count("7ffffffff000") == 1
     assert "Left alone" in text
     many = {**WHY, "areas": [WHY["areas"][0]] * 5000}
-    text = shown(why.show, many, None)
+    text = shown(why_screen.show, many, None)
     assert "and 4,940 more ranges" in text
     assert len(text.splitlines()) < 700
 
 
 def test_the_costs_shown_are_what_is_missing_between_savings_and_profit():
     words = shown(
-        status.show,
+        status_screen.show,
         golden(
             pages_shared=100, pages_sharing=300, zero_pages=12, general_profit=52 * 4096,
             metadata_bytes=4096,
@@ -323,8 +325,8 @@ def test_the_costs_shown_are_what_is_missing_between_savings_and_profit():
 
 def test_why_says_what_is_wrong_with_a_process_as_a_whole():
     refused = {**WHY, "reason": "seccomp", "sentence": SENTENCES[Reason.SECCOMP], "areas": []}
-    assert "Left alone as a whole: its seccomp filter" in shown(why.show, refused, None)
-    assert "No rule" in shown(why.show, {**WHY, "target": False}, None)
+    assert "Left alone as a whole: its seccomp filter" in shown(why_screen.show, refused, None)
+    assert "No rule" in shown(why_screen.show, {**WHY, "target": False}, None)
 
 
 FEATURES = [
@@ -431,6 +433,27 @@ class served:
         self._selector.close()
 
 
+@pytest.mark.parametrize(
+    ("argv", "verb"),
+    [
+        (["status"], "status"),
+        (["--socket", "status", "pause"], "pause"),
+        (["--socket=status", "--json", "pause"], "pause"),
+        (["why", "7", "--socket", "scan"], "why"),
+        (["check-config", "--help"], "check-config"),
+    ],
+)
+def test_only_the_verb_that_is_meant_is_loaded(argv, verb):
+    assert verbs.chosen(argv, ksmctl.VERBS, [global_options()]) == (verb,)
+
+
+@pytest.mark.parametrize(
+    "argv", [[], ["--help"], ["--version", "status"], ["--socket"], ["--json=1", "scan"], ["stat"]]
+)
+def test_all_verbs_are_loaded_where_none_is_named(argv):
+    assert verbs.chosen(argv, ksmctl.VERBS, [global_options()]) == ksmctl.VERBS
+
+
 def test_json_is_the_daemon_s_answer_in_full_wherever_the_options_stand(tmp_path, capsys):
     path = str(tmp_path / "s")
     whole = golden()
@@ -521,9 +544,9 @@ def test_a_reader_that_goes_away_ends_it_quietly(tmp_path):
 
 def test_colours_are_for_terminals_only():
     file = io.StringIO()
-    status.show(Console(file=file, force_terminal=True, width=100), golden(), None)
+    status_screen.show(Console(file=file, force_terminal=True, width=100), golden(), None)
     assert "\x1b[" in file.getvalue()
-    assert "\x1b" not in shown(status.show, golden(), None)
+    assert "\x1b" not in shown(status_screen.show, golden(), None)
 
 
 # -- demo ------------------------------------------------------------------------------------------

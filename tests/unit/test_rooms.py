@@ -78,6 +78,16 @@ def test_a_command_loads_the_large_ones_only_when_it_knows_that_it_needs_them() 
     assert not {"numpy", "pydantic", "psutil", "yaml"} & set(loaded)
 
 
+@pytest.mark.parametrize("verb", ["status", "targets", "scan", "pause", "unmerge", "plan"])
+def test_who_only_asks_the_daemon_loads_nothing_large(verb: str, tmp_path: Path) -> None:
+    """Scripts call ksmctl every few seconds; it need not take longer than the answer."""
+    code = "import sys; from ksmd.cli import ksmctl\nksmctl.main(sys.argv[1:])\nprint(*sys.modules)"
+    command = [sys.executable, "-c", code, "--json", "--socket", str(tmp_path / "none"), verb]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "ksmd is not running" in done.stderr
+    assert not {"numpy", "pydantic", "psutil", "rich", "yaml"} & set(done.stdout.split())
+
+
 def test_files_are_short_enough_to_read_in_one_sitting() -> None:
     long = {
         str(path.relative_to(ROOT)): lines
