@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from ksmd.core import looks
 from ksmd.core.cursor import Piece
 from ksmd.core.spans import Spans
 from ksmd.daemon import pulse
@@ -169,7 +170,7 @@ class Scanner:
         except KsmdError:
             return ()
         if not spent or spent != target.spent:
-            target.still_since = self.now() + 1  # in this second it may have run after a look
+            target.still_since = looks.since_it_ran(target.still_since or 0, self.now())
         return spent
 
     @staticmethod
@@ -227,8 +228,9 @@ class Scanner:
             self._targets.drop(target)
             return end
         walk_end = max(present.walk_end >> PAGE_SHIFT, at + 1)
+        second = looks.second_of(target.still_since or 0, self.now())
         seen = domain.tables.observe(
-            target.slot, at, walk_end, pages, checksums, seqnr, eager=eager, now=self.now()
+            target.slot, at, walk_end, pages, checksums, seqnr, eager=eager, now=second
         )
         counts = np.bincount(seen, minlength=len(Seen))
         result.scanned += len(found)

@@ -161,7 +161,7 @@ class Target:
     info: ProcessInfo | None = None  # as it was when it had spent info_spent
     info_spent: tuple[int, ...] = ()
     info_until: float = -math.inf
-    still_since: int | None = None  # scanner's seconds: from then on the first was the same
+    still_since: int | None = None  # scanner's seconds: core/looks.py
     settled: tuple[Ground, float] | None = None  # all of that was scanned then, and had settled
     foreseeable: bool = True  # what was foretold of its pages (core/foresight.py) has come true
     huge: bool = False  # it had huge pages, when that was looked at last
