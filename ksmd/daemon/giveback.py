@@ -12,17 +12,16 @@ import os
 import sys
 import time
 
-import psutil
-
 from ksmd.client import Client
 from ksmd.daemon import journal
 from ksmd.daemon.adopt import Adoption, find_pager
 from ksmd.daemon.pipeline import Pipeline
 from ksmd.daemon.targets import Targets
 from ksmd.guard.client import Pager
-from ksmd.kernel import libc, rlimits
+from ksmd.kernel import libc, procfs, rlimits
 from ksmd.kernel.iouring import PinRing
 from ksmd.model.errors import Exit, KsmdError
+from ksmd.model.units import PAGE_SHIFT
 from ksmd.remap.engine import Engine
 from ksmd.settings import defaults
 
@@ -73,7 +72,7 @@ def _give_back(pager: Pager, engine: Engine) -> int:
     """Unmerge all; how many processes the pager has to guard still."""
     settings = defaults().plain()
     ring = PinRing()
-    available = psutil.virtual_memory().available // 4096
+    available = procfs.mem_available() >> PAGE_SHIFT
     targets = Targets(settings, settings.resolved_tables(available), ring, pager)
     targets.ours |= {pager.pid, pager.shadow, engine.pid}
     pipeline = Pipeline(targets, engine, pager)

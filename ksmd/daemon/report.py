@@ -10,12 +10,12 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
-import psutil
 
 from ksmd.core.layout import VMA_BYTES
 from ksmd.core.ledger import SlotSharing, headroom, profit
 from ksmd.daemon.pipeline import Pipeline
 from ksmd.daemon.state import Target
+from ksmd.kernel import procfs
 from ksmd.model.refusal import SENTENCES, Reason, Refusal
 from ksmd.model.status import Status, TargetStatus
 from ksmd.model.units import PAGE_SHIFT, PAGE_SIZE
@@ -77,14 +77,7 @@ def targets(pipeline: Pipeline) -> list[dict[str, Any]]:
 
 def own_memory(pids: Iterable[int]) -> int:
     """Resident bytes of our processes without the store, which is counted by pages."""
-    total = 0
-    for pid in pids:
-        try:
-            memory = psutil.Process(pid).memory_info()
-        except psutil.Error:
-            continue
-        total += memory.rss - memory.shared
-    return total
+    return sum(map(procfs.anonymous_pages, pids)) << PAGE_SHIFT
 
 
 def target_status(pipeline: Pipeline, target: Target) -> TargetStatus:

@@ -11,8 +11,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from ksmd.daemon import listening, notify, report
 from ksmd.daemon.access import denied
 from ksmd.daemon.adopt import Adoption
@@ -36,6 +34,7 @@ from ksmd.kernel.iouring import PinRing
 from ksmd.model.errors import KernelFeatureError, KsmdError, PrivilegeError
 from ksmd.model.features import Feature
 from ksmd.model.refusal import Reason
+from ksmd.model.units import PAGE_SHIFT
 from ksmd.remap.engine import Engine
 from ksmd.settings.apart import Given, Reading
 from ksmd.settings.values import Settings
@@ -83,7 +82,7 @@ class Service:
             self.server.close()
             raise
         self._pager = self._guardian.pager
-        sizes = given.settings.resolved_tables(psutil.virtual_memory().available // 4096)
+        sizes = given.settings.resolved_tables(procfs.mem_available() >> PAGE_SHIFT)
         ring = PinRing()
         targets = Targets(given.settings, sizes, ring, self._pager, Path(f"{name}.folios"))
         self.pipeline = Pipeline(targets, self._engine, self._pager)

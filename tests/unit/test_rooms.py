@@ -67,7 +67,7 @@ def test_the_daemon_has_its_settings_read_by_another_process() -> None:
     code = "import sys, ksmd.daemon.main; print(*sys.modules)"
     command = [sys.executable, "-c", code]
     loaded = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-    assert not {"pydantic", "rich", "yaml"} & set(loaded)
+    assert not {"psutil", "pydantic", "rich", "yaml"} & set(loaded)
 
 
 def test_a_command_loads_the_large_ones_only_when_it_knows_that_it_needs_them() -> None:
