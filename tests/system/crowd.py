@@ -31,7 +31,8 @@ from ksmd.client import Client
 #: than the round: the ones nearest to what the test has started will do.
 _MOST_PIDS = 100
 #: Seconds of work for each program: a short round, or what tests/programs --long asks for.
-SECONDS = float(os.environ.get("KSMD_PROGRAM_SECONDS", "5"))
+SHORT_SECONDS = 3.0
+SECONDS = float(os.environ.get("KSMD_PROGRAM_SECONDS", SHORT_SECONDS))
 
 
 def need(*programs: str) -> None:
@@ -164,8 +165,10 @@ class Crowd:
         self._breaths = False
         self._let_breathe()
         process.send_signal(signal.SIGINT)
-        said, _ = process.communicate(timeout=PATIENCE)
-        assert process.returncode == 0, said
+        code = process.wait(PATIENCE)
+        assert process.stdout is not None
+        said = _said(process.stdout.fileno())
+        assert code == 0, said
         return said
 
     def end(self, process: subprocess.Popen[str], number: int = signal.SIGTERM) -> int:
@@ -202,6 +205,16 @@ class Crowd:
             for stream in (root.stdin, root.stdout):
                 if stream is not None:
                     stream.close()
+
+
+def _said(fd: int) -> str:
+    """Read what a program has left in its pipe: processes of its own may hold that open still."""
+    os.set_blocking(fd, False)
+    said = b""
+    with contextlib.suppress(BlockingIOError):
+        while part := os.read(fd, 1 << 16):
+            said += part
+    return said.decode(errors="replace")
 
 
 def _let_go(held: Sequence[int], number: int) -> None:

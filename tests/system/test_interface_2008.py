@@ -434,8 +434,10 @@ def test_pageksm_a_store_page_is_file_like_write_protected_and_unswappable(daemo
         puppet.register()
         puppet.share()
     for puppet in (one, other):
-        (mapping,) = [entry for entry in mappings(puppet.pid) if "/memfd:ksmd" in entry[3]]
-        assert mapping[2] == "rw-p"
+        # one mapping, or one for each window that it took: a slow machine may need two
+        merged = [entry for entry in mappings(puppet.pid) if "/memfd:ksmd" in entry[3]]
+        assert sum(end - start for start, end, *_ in merged) == 128 * PAGE
+        assert {perms for _, _, perms, _ in merged} == {"rw-p"}
         with PageMap(puppet.pid) as pagemap:
             entries = pagemap.entries(puppet.address // PAGE, 128)
         assert np.all(pageentries.is_file(entries))
