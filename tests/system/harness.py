@@ -154,7 +154,7 @@ class Daemon:
         self._await_ready()
         self.helpers()
         if paused:
-            self.ctl("pause")
+            self.call("Pause")
 
     def configure(self, settings: Mapping[str, Any] | str) -> None:
         """Write the settings file (the daemon reads it at its start and at SIGHUP)."""
@@ -183,6 +183,11 @@ class Daemon:
         found: dict[str, Any] = json.loads(done.stdout)
         return found
 
+    def call(self, method: str, **parameters: Any) -> dict[str, Any]:
+        """Call a method directly, where a test is not about ``ksmctl``."""
+        with Client(self.socket, PATIENCE) as ksmd:
+            return ksmd.call(method, **parameters)
+
     def scan(self) -> dict[str, Any]:
         """Scan and merge until nothing more is found."""
         return self.ctl("scan", "--wait", "--until-settled")
@@ -195,8 +200,8 @@ class Daemon:
 
     def allow_again(self) -> None:
         """Let targets be merged again that were given back by request; paused, as before."""
-        self.ctl("resume")
-        self.ctl("pause")
+        self.call("Resume")
+        self.call("Pause")
 
     def status(self) -> dict[str, Any]:
         """Give all counters."""

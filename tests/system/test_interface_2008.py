@@ -54,23 +54,23 @@ def register_all(root: Raw, *victims, sma: int = 0) -> int:
 # -- KSM_GET_API_VERSION -------------------------------------------------------------------------
 
 
-def test_ksm_get_api_version(daemon, puppets):
+def test_ksm_get_api_version(module_daemon, puppets):
     """It is 1 for everybody, as the patch's KSM_API_VERSION."""
-    assert puppets(daemon.socket).raw.call("GetApiVersion") == {"version": 1}
-    assert Raw.connect(daemon.socket).call("GetApiVersion") == {"version": 1}
+    assert puppets(module_daemon.socket).raw.call("GetApiVersion") == {"version": 1}
+    assert Raw.connect(module_daemon.socket).call("GetApiVersion") == {"version": 1}
 
 
 # -- KSM_CREATE_SHARED_MEMORY_AREA ---------------------------------------------------------------
 
 
-def test_ksm_create_shared_memory_area(daemon, puppets):
+def test_ksm_create_shared_memory_area(module_daemon, puppets):
     """Areas are the connection's: others cannot use them, and they end with it."""
-    one, other = puppets(daemon.socket), puppets(daemon.socket)
+    one, other = puppets(module_daemon.socket), puppets(module_daemon.socket)
     first, second = (one.raw.call("CreateSharedMemoryArea")["sma"] for _ in range(2))
     assert first != second
     failure = other.raw.failure("RemoveMemoryRegion", sma=first)
     assert (failure.name, failure.parameters["sma"]) == ("NoSuchArea", first)
-    assert Raw.connect(daemon.socket).failure("Share", sma=first).name == "NoSuchArea"
+    assert Raw.connect(module_daemon.socket).failure("Share", sma=first).name == "NoSuchArea"
     assert one.raw.call("RemoveMemoryRegion", sma=first) == {"regions": 0}
 
 
@@ -104,8 +104,8 @@ def test_ksm_register_memory_region(daemon, puppets):
         ({"npages": 1 << 20}, "not-mapped"),
     ],
 )
-def test_ksm_register_memory_region_refuses_wrong_ranges(wrong, reason, daemon, puppets):
-    puppet = puppets(daemon.socket)
+def test_ksm_register_memory_region_refuses_wrong_ranges(wrong, reason, module_daemon, puppets):
+    puppet = puppets(module_daemon.socket)
     sma = puppet.raw.call("CreateSharedMemoryArea")["sma"]
     given = {"addr": puppet.address, "npages": puppet.pages} | wrong
     if wrong.get("npages") == 1 << 20:
@@ -118,9 +118,9 @@ def test_ksm_register_memory_region_refuses_wrong_ranges(wrong, reason, daemon, 
 
 
 def test_ksm_register_memory_region_refuses_overlaps_and_memory_that_is_no_anonymous_one(
-    daemon, puppets
+    module_daemon, puppets
 ):
-    puppet = puppets(daemon.socket)
+    puppet = puppets(module_daemon.socket)
     puppet.register(8, 16)
     for first, pages in ((0, 9), (8, 16), (23, 1), (0, 64)):
         addr = puppet.address + first * PAGE
