@@ -129,10 +129,11 @@ _MAPS_LINE = re.compile(
     rb" ([0-9a-f]{1,8}):([0-9a-f]{1,8}) ([0-9]{1,20})(?: +(.*))?",
     re.DOTALL,
 )
-# The same for a whole text at once: programs may have tens of thousands of mappings.
+# The same for a whole text at once: programs may have tens of thousands of mappings. Its end counts
+# as the end of a line: a line that is tried without it is tried anew for each space in it.
 _MAPS_TEXT = re.compile(
     rb"^([0-9a-f]{1,16})-([0-9a-f]{1,16}) ([r-][w-][x-][ps]) ([0-9a-f]{1,16})"
-    rb" ([0-9a-f]{1,8}:[0-9a-f]{1,8}) ([0-9]{1,20})(?: +(.*))?\n",
+    rb" ([0-9a-f]{1,8}:[0-9a-f]{1,8}) ([0-9]{1,20})(?: +(.*))?(?:\n|\Z)",
     re.MULTILINE,
 )
 _SMAPS_FIELD = re.compile(rb"(?![0-9a-f])[A-Za-z0-9_]{1,64}:")

@@ -80,6 +80,14 @@ def test_maps_are_read_to_the_last_column() -> None:
     assert [vma.path for vma in vmas[4:]] == ["[stack]", "[vsyscall]"]
 
 
+def test_maps_are_read_at_once_whether_their_last_line_ends_or_not() -> None:
+    """Each kind of mapping is read as a line of its own, and line by line that takes long."""
+    line = b"7f00-7f10 rw-s 00000000 00:01 5634                       /dev/zero (deleted)"
+    (vma,) = proctext._rows(line) or ()
+    assert [vma] == proctext._rows(line + b"\n") == proctext.parse_maps(line)
+    assert vma.path == "/dev/zero (deleted)"
+
+
 def test_maps_accept_text_as_well_as_bytes() -> None:
     assert proctext.parse_maps(MAPS.decode()) == proctext.parse_maps(MAPS)
 
