@@ -38,7 +38,8 @@ STRESS = {
     "malloc": "--malloc 2 --malloc-bytes 32m --malloc-touch --bigheap 1 --bigheap-growth 16k",
     "mmap": "--mmap 2 --mmap-bytes 32m --munmap 1 --mprotect 1 --brk 1 --stack 1",
     "sort": "--qsort 1 --mergesort 1 --heapsort 1 --tree 1 --matrix 1 --memcpy 1",
-    "children": "--fork 1 --fork-vm --vfork 1 --vfork-max 16 --clone 1 --clone-max 16",
+    "children": "--fork 1 --fork-vm --vfork 1 --vfork-max 16 --clone 1 --clone-max 16"
+    " --exec 1 --exec-max 4",
     "madvise": "--madvise 2 --mmapaddr 1 --mlock 1 --memfd 1 --remap 1 --vm-rw 1",
     "io": "--aio 1 --aiol 1 --io-uring 1 --vm-splice 1 --sigsegv 1",
     "memrate": "--memthrash 1 --memrate 1 --memrate-bytes 32m --shm 1 --ptrace 1",
