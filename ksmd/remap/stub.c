@@ -310,6 +310,8 @@ static i64 fill_and_guard(struct header *h, struct record *r)
     if (ret)
         return ret;
     r->stage = ST_FILLED;
+    /* before it is registered: only what is alike then becomes one mapping with its neighbour */
+    say_of_huge_pages(r, r->start);
     ret = inject(h, ST_GUARDED, 0);
     if (!ret)
         ret = uffd_register(h->guard, r->start, r->length, MODE_MISSING | MODE_MINOR);
@@ -326,7 +328,6 @@ static i64 fill_and_guard(struct header *h, struct record *r)
     }
     if (ret && ret != -EEXIST)
         return ret;
-    say_of_huge_pages(r, r->start);
     r->stage = ST_DONE;
     return 0;
 }

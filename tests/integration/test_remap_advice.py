@@ -149,3 +149,21 @@ def test_what_was_said_of_huge_pages_is_kept_by_each_mapping_that_is_made_anew(
     assert merged(arena.pid, arena.extent) == 0
     assert flagged(arena.pid, arena.address, flag) == list(range(NPAGES))
     assert content(arena.pid, arena.address, NPAGES) == held
+
+
+@pytest.mark.parametrize(
+    ("said", "advice"), [(Advice.NONE, 0), (Advice.HUGEPAGE, 14), (Advice.NOHUGEPAGE, 15)]
+)
+def test_runs_that_continue_each_other_become_one_mapping_whatever_was_said_of_huge_pages(
+    lab: Lab, arena: Arena, said: Advice, advice: int
+) -> None:
+    """A long run is cut to fit into windows: that is to cost no mappings."""
+    if said is not Advice.NONE:
+        arena.advise(0, NPAGES, advice)
+    for parts in ((0, 16), (16, 24)), ((40, 8),):
+        merge = [replace(run(Op.MERGE, arena.address, *part), advice=said) for part in parts]
+        assert done(lab.window(arena.subject, merge, arena.extent))
+    mapped = [vma for vma in procfs.smaps(arena.pid) if vma.inode == arena.extent.inode]
+    assert [(vma.start, vma.end) for vma in mapped] == [
+        (arena.address, arena.address + 48 * PAGE_SIZE)
+    ]
