@@ -72,6 +72,10 @@ class WindowPrice:
         pages = (records["length"] >> np.uint64(PAGE_SHIFT)).astype(np.float64)
         return self._run + self._page * pages
 
+    def pages(self, room: float) -> int:
+        """Give how many pages of one run a part of :meth:`room` is enough for."""
+        return max(0, int((room - self._run) / self._page))
+
     def room(self, stop_ms: float) -> float:
         """Give how much a window may hold so as to end within *stop_ms*. It may always hold one."""
         aim = stop_ms * 1000 * self._aim.part

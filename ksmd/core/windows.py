@@ -108,22 +108,49 @@ def _cut(records: Records, spans: Spans) -> tuple[Records, NDArray[np.intp]]:
 
 
 def windows_of(
-    records: Records, max_runs: int, max_pages: int, price: WindowPrice, stop_ms: float
+    records: Records,
+    max_runs: int,
+    max_pages: int,
+    price: WindowPrice,
+    stop_ms: float,
+    grain: int = 0,
 ) -> Iterator[Records]:
     """Cut records, none longer than *max_pages*, into windows; the order stays.
 
-    None is to take longer than *stop_ms*. The price may change from one window to the next.
+    None is to take longer than *stop_ms*. The price may change from one window to the next. With a
+    *grain*, in pages, a window is filled up by a part of the record that does not fit as a whole,
+    which ends at a multiple of it.
     """
-    limit = max_pages << PAGE_SHIFT
-    ends = np.cumsum(records["length"], dtype=np.int64)
-    costs = np.cumsum(price.of(records))
-    at, before, spent = 0, 0, 0.0
-    while at < len(records):
-        end = int(np.searchsorted(ends, before + limit, side="right"))
-        in_time = int(np.searchsorted(costs, spent + price.room(stop_ms), side="right"))
-        end = min(max(min(end, in_time), at + 1), at + max_runs)
-        yield records[at:end]
-        at, before, spent = end, int(ends[end - 1]), float(costs[end - 1])
+    left = records.copy() if grain else records
+    while len(left):
+        near = left[:max_runs]
+        ends = np.cumsum(near["length"] >> _SHIFT, dtype=np.int64)
+        costs = np.cumsum(price.of(near))
+        room = price.room(stop_ms)
+        whole = min(int(np.searchsorted(ends, max_pages, side="right")),
+                    int(np.searchsorted(costs, room, side="right")))  # fmt: skip
+        window, left = near[:whole], left[whole:]
+        if grain and whole < len(near):
+            npages, spent = (int(ends[whole - 1]), float(costs[whole - 1])) if whole else (0, 0.0)
+            fits = min(max_pages - npages, price.pages(room - spent))
+            window = np.append(window, _cut_off(left, fits, grain))
+        if not len(window):
+            window, left = left[:1], left[1:]
+        yield window
+
+
+def _cut_off(records: Records, npages: int, grain: int) -> Records:
+    """Take *npages* of the first record off, which is longer; fewer, so as to end at the grain."""
+    first = int(records["start"][0]) >> PAGE_SHIFT
+    npages = (first + npages) // grain * grain - first
+    part = records[: npages > 0].copy()
+    if len(part):
+        length = np.uint64(npages << PAGE_SHIFT)
+        part["length"] = length
+        records["start"][0] += length
+        records["length"][0] -= length
+        _move_offsets(records[:1], length)
+    return part
 
 
 def spans(records: Records) -> list[tuple[int, int]]:
@@ -188,5 +215,5 @@ def _short(records: Records, max_pages: int) -> Records:
     return cut
 
 
-def _move_offsets(records: Records, ahead: NDArray[np.uint64]) -> None:
+def _move_offsets(records: Records, ahead: NDArray[np.uint64] | np.uint64) -> None:
     records["offset"] += np.where(records["op"] == Op.ZERO, np.uint64(0), ahead)

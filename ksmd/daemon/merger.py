@@ -46,6 +46,8 @@ log = logging.getLogger(__name__)
 _PROCESSORS_OF_A_STOP = 2
 #: Runs of zero pages in a window: they take no mappings, but a price that is wrong tells by then.
 _ZERO_RUNS = 2000
+#: Pages that one fault brings in at once: where windows may cut a run that has no huge pages.
+_GRAIN = 16
 #: Pages of an extent for scattered pages, at the most, and the part of free memory that it may be.
 _SCATTERED_PAGES, _SCATTERED_SHARE = 65536, 16
 
@@ -276,7 +278,8 @@ class Merger:
         try:
             huge = huge_blocks(target, records) if target.huge else frozenset()
             runs = 0 if extent is not None else _ZERO_RUNS
-            for batch in self._windows.cut(target, records, runs):
+            grain = 0 if huge else _GRAIN
+            for batch in self._windows.cut(target, records, runs, grain):
                 if target.slot not in self._targets.by_slot:
                     break
                 if not self._windows.may_stop(target, asked):

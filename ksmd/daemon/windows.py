@@ -88,14 +88,18 @@ class Windows:
         interval = self._targets.settings.window.interval_secs
         return target.may_stop(time.monotonic(), interval, is_asked(target, asked))
 
-    def cut(self, target: Target, records: Records, max_runs: int = 0) -> Iterator[Records]:
-        """Cut *records*, of one kind, into what a window each should do; *max_runs* 0: as set."""
+    def cut(
+        self, target: Target, records: Records, max_runs: int = 0, grain: int = 0
+    ) -> Iterator[Records]:
+        """Cut *records*, of one kind, into what a window each should do; *max_runs* 0: as set.
+
+        *grain*, in pages: where a record may be cut; 0: nowhere.
+        """
         if not len(records):
             return
         window, price = self._targets.settings.window, self._price(target, records)
-        yield from windows_of(
-            records, max_runs or window.max_runs, window.max_pages, price, window.stop_ms
-        )
+        runs = max_runs or window.max_runs
+        yield from windows_of(records, runs, window.max_pages, price, window.stop_ms, grain)
 
     def _price(self, target: Target, records: Records) -> WindowPrice:
         op = Op(int(records["op"][0]))

@@ -229,7 +229,6 @@ class Borrowed:
         )
         memory.write(base, code)
         memory.write(header_at, header + batch.tobytes() + array("Q", trials).tobytes())
-        started = time.perf_counter()
         self._running = True
         self._set(
             rip=base, rsp=_stack(header_at), rbx=header_at,
@@ -241,6 +240,7 @@ class Borrowed:
             raise RefusedError(Reason.WINDOW_FAILED, "mprotect of scratch memory failed")
         self._hand_over(fds)
         taken = self._take(header_at) if mode == stub.MODE_SETUP else []
+        started = time.perf_counter()
         self._until(header_at, 3)
         outcome = self._results(records_at, len(batch))
         outcome.times["stub"] = (time.perf_counter() - started) * 1e6

@@ -28,7 +28,7 @@ def windows(
 ) -> list[float]:
     """Microseconds of each window of a target in which a record takes that long."""
     took = []
-    for batch in windows_of(singles(count), 10**6, 10**6, price, STOP_MS):
+    for batch in windows_of(singles(count), 2000, 10**6, price, STOP_MS):
         at_work = us_per_record * len(batch)
         took.append(empty + at_work)
         price.learn(batch, took[-1], at_work)
@@ -114,7 +114,7 @@ def test_99_of_100_windows_keep_to_their_budget_on_more_and_less_steady_machines
     aim = Aim()
     price = WindowPrice(Op.MERGE, aim)
     took = []
-    for batch in windows_of(singles(1_500_000), 10**6, 10**6, price, STOP_MS):
+    for batch in windows_of(singles(1_500_000), 2000, 10**6, price, STOP_MS):
         work = 14 * len(batch) * (1 + noise * random.exponential())
         took.append(400 + work)
         price.learn(batch, took[-1], work)

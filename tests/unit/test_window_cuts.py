@@ -39,9 +39,9 @@ def ranges(steps: list[tuple[int, int]]) -> list[tuple[int, int]]:
     return found
 
 
-@given(areas=STEPS, runs=STEPS)
+@given(areas=STEPS, runs=STEPS, grain=st.sampled_from([0, 1, 2, 4]), stop_ms=st.floats(0, 5))
 def test_every_page_of_a_run_that_lies_in_an_area_comes_once_at_its_place_and_no_other(
-    areas: list[tuple[int, int]], runs: list[tuple[int, int]]
+    areas: list[tuple[int, int]], runs: list[tuple[int, int]], grain: int, stop_ms: float
 ) -> None:
     where = [area(*pair) for pair in ranges(areas)]
     table = np.zeros(len(runs), RUN)
@@ -54,7 +54,7 @@ def test_every_page_of_a_run_that_lies_in_an_area_comes_once_at_its_place_and_no
         )
     records = merge_records(table, Ground.of(Areas.of(where)), 8)
     places: dict[int, int] = {}
-    for batch in windows_of(records, 4, 8, WindowPrice(Op.MERGE), 1000):
+    for batch in windows_of(records, 4, 8, WindowPrice(Op.MERGE), stop_ms, grain):
         assert 0 < len(batch) <= 4
         assert batch["length"].sum() <= 8 * PAGE
         for op, start, length, offset, advice in batch.tolist():
@@ -97,6 +97,29 @@ def test_long_runs_are_cut_where_huge_pages_begin() -> None:
     records = merge_records(table, Ground.of(Areas.of([area(0, 5000)])), 2048)
     found = np.stack([records[name] // PAGE for name in ("start", "length", "offset")], axis=1)
     assert found.tolist() == [[1000, 24, 7], [1024, 512, 31], [1536, 512, 543], [2048, 452, 1055]]
+
+
+def test_a_window_is_filled_up_by_a_part_of_the_run_that_does_not_fit() -> None:
+    table = np.zeros(1, RUN)
+    table["page"], table["npages"], table["index"] = 1024, 1024, 7
+    records = merge_records(table, Ground.of(Areas.of([area(0, 5000)])), 2048)
+    price = WindowPrice(Op.MERGE)
+    limit = 700 * price.of(records)[0] / 512  # microseconds: enough for 700 pages
+    price.room = lambda _: limit  # type: ignore[method-assign]
+
+    def shape(grain: int) -> list[list[tuple[int, int, int]]]:
+        batches = windows_of(records, 400, 2048, price, 5, grain)
+        return [
+            [
+                (start // PAGE, length // PAGE, offset // PAGE)
+                for _, start, length, offset, _ in batch.tolist()
+            ]
+            for batch in batches
+        ]
+
+    assert shape(0) == [[(1024, 512, 7)], [(1536, 512, 519)]]
+    assert shape(16) == [[(1024, 512, 7), (1536, 176, 519)], [(1712, 336, 695)]]
+    assert len(records) == 2, "cut in a copy"
 
 
 def test_what_is_merged_takes_along_what_was_said_of_huge_pages_and_dropped_zeros_do_not() -> None:
