@@ -129,13 +129,9 @@ class Loop:
     def run(self) -> None:
         """Run until stopped."""
         while not self._stopping:
-            self._events(self._timeout())
+            spent = self._events(self._timeout())
             self._keep_house()
-            now = time.monotonic()
-            if not self._stopping and now >= self._due:
-                self._due = now + self._step()
-            if not self._stopping:
-                self.turns.step()
+            self._advance(spent)
 
     def drain(self) -> None:
         """Run the jobs that wait to their end, without events: for the way out."""
@@ -166,12 +162,32 @@ class Loop:
         wait = min(self._due, self._next_housekeeping, self.turns.due()) - time.monotonic()
         return max(0.0, wait)
 
-    def _events(self, timeout: float) -> None:
-        for key, mask in self.selector.select(timeout):
+    def _events(self, timeout: float) -> float:
+        """Wait for what comes, and see to it; the seconds that this took, but for the waiting."""
+        events = self.selector.select(timeout)
+        began = time.monotonic()
+        for key, mask in events:
             if key.fileobj is self._woken:
                 self._signals()
             else:
                 key.data(key, mask)
+        return time.monotonic() - began
+
+    def _advance(self, seconds: float) -> None:
+        """Do a step of each work that is due, and more of them until *seconds* have passed.
+
+        That is how long callers have just had: so they have half of our time and no more.
+        """
+        until = time.monotonic() + seconds
+        while not self._stopping:
+            now = time.monotonic()
+            if now >= self._due:
+                self._due = now + self._step()
+            if not self._stopping:
+                self.turns.step()
+            now = time.monotonic()
+            if now >= until or now < min(self._due, self.turns.due()):
+                return
 
     def _signals(self) -> None:
         try:

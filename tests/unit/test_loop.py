@@ -8,6 +8,7 @@ import pytest
 
 from ksmd.daemon import loop as module
 from ksmd.daemon.loop import Loop
+from ksmd.daemon.turns import Turn, Turns
 
 
 class Clock:
@@ -29,6 +30,7 @@ class World:
         self.looks: list[float] = []
         self.settled = True
         self.stirs_at: set[int] = set()
+        self.calls = 0.0  # seconds that callers take, each time they are heard
         self.end = 0.0
         monkeypatch.setattr(module.time, "monotonic", self.clock.monotonic)
         self.loop = Loop(
@@ -45,10 +47,11 @@ class World:
         self.looks.append(self.clock.now - 1000)
         return len(self.looks) in self.stirs_at
 
-    def _wait(self, timeout: float) -> None:
-        self.clock.now += timeout
+    def _wait(self, timeout: float) -> float:
+        self.clock.now += timeout + self.calls
         if self.clock.now >= self.end:
             self.loop.stop()
+        return self.calls
 
     def run(self, seconds: float) -> list[float]:
         """Give the pauses between passes."""
@@ -88,3 +91,22 @@ def test_what_stirs_ends_the_pause_and_passes_are_frequent_again(world: World) -
     assert any(0 <= start - stirred < 2 for start in world.passes)
     after = [pause for start, pause in zip(world.passes, pauses, strict=False) if start >= stirred]
     assert after[:3] == [21, 41, 81]
+
+
+@pytest.mark.parametrize("calls", [0.02, 0.5, 3.0])
+def test_callers_without_end_leave_half_of_the_time_to_the_work(world: World, calls: float) -> None:
+    """A step of the work takes 10 ms here, and there is always one more to do."""
+    worked = 0.0
+
+    def steps() -> Iterator[float]:
+        nonlocal worked
+        while True:
+            world.clock.now += 0.01
+            worked += 0.01
+            yield 0.0
+
+    world.calls = calls
+    world.loop.turns = Turns(world.clock.monotonic)
+    world.loop.turns.add(Turn("give back", steps(), lambda _: None, lambda _: None), urgent=True)
+    world.run(300)
+    assert worked >= 150
