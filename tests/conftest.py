@@ -9,13 +9,23 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 from victims import Victim, binary
+
+# how long an example takes says more of the machine than of the code
+hypothesis.settings.register_profile(
+    "ksmd", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("ksmd")
 
 _KERNEL_SETTINGS = (
     Path("/sys/kernel/mm/ksm"),
     Path("/sys/kernel/mm/transparent_hugepage"),
 )
+
+#: Where the tests lie that may change them.
+_KERNEL_WORK = frozenset({"bench", "integration", "system"})
 
 
 def _root_required() -> bool:
@@ -57,8 +67,14 @@ def _value(setting: str) -> str:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def kernel_settings_as_found() -> Iterator[None]:
-    """Fail the session if a test left another setting of kernel KSM or THP; put it back."""
+def kernel_settings_as_found(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fail the session if a test left another setting of kernel KSM or THP; put it back.
+
+    A session of pure logic may run beside one that changes some for a while.
+    """
+    if not any(_KERNEL_WORK.intersection(item.path.parts) for item in request.session.items):
+        yield
+        return
     before = _kernel_settings()
     yield
     changed = {path: now for path, now in _kernel_settings().items() if now != before.get(path)}
