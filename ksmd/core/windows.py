@@ -140,8 +140,9 @@ def windows_of(
 
 
 def _cut_off(records: Records, npages: int, grain: int) -> Records:
-    """Take *npages* of the first record off, which is longer; fewer, so as to end at the grain."""
+    """Take *npages* of the first record off, never all; fewer, so as to end at the grain."""
     first = int(records["start"][0]) >> PAGE_SHIFT
+    npages = min(npages, (int(records["length"][0]) >> PAGE_SHIFT) - 1)
     npages = (first + npages) // grain * grain - first
     part = records[: npages > 0].copy()
     if len(part):

@@ -56,6 +56,7 @@ def test_every_page_of_a_run_that_lies_in_an_area_comes_once_at_its_place_and_no
     places: dict[int, int] = {}
     for batch in windows_of(records, 4, 8, WindowPrice(Op.MERGE), stop_ms, grain):
         assert 0 < len(batch) <= 4
+        assert batch["length"].all()
         assert batch["length"].sum() <= 8 * PAGE
         for op, start, length, offset, advice in batch.tolist():
             assert (op, advice) == (Op.MERGE, 0)
