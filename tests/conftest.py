@@ -24,6 +24,7 @@ _KERNEL_SETTINGS = (
     Path("/sys/kernel/mm/transparent_hugepage"),
 )
 
+_TESTS = Path(__file__).parent
 #: Where the tests lie that may change them.
 _KERNEL_WORK = frozenset({"bench", "integration", "system"})
 
@@ -72,7 +73,8 @@ def kernel_settings_as_found(request: pytest.FixtureRequest) -> Iterator[None]:
 
     A session of pure logic may run beside one that changes some for a while.
     """
-    if not any(_KERNEL_WORK.intersection(item.path.parts) for item in request.session.items):
+    kinds = {item.path.relative_to(_TESTS).parts[0] for item in request.session.items}
+    if not kinds & _KERNEL_WORK:
         yield
         return
     before = _kernel_settings()

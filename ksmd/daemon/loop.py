@@ -3,7 +3,8 @@
 Work is a generator (:mod:`ksmd.daemon.pipeline`). What somebody asked for (scan, unmerge) runs as a
 job, one after the other, and takes the place of the background scan, which starts anew afterwards.
 What programs asked for takes turns with all of that (:mod:`ksmd.daemon.turns`).
-Nothing here blocks for longer than one step: reading some ten thousand pages, or one stop window.
+Callers are heard after each step (reading some ten thousand pages, or one stop window); where they
+had more time than that took, after as many as take as long.
 """
 
 from __future__ import annotations

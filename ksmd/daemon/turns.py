@@ -3,8 +3,8 @@
 The loop's jobs run one after the other, and the background scan gives way to them. That is right
 for what an operator asks for, and wrong for what any user may ask for: one caller's work would hold
 up the others', and a steady stream of it would never let the background scan come to an end. So
-such work takes turns: of everything that is due, one step each time the loop comes round, urgent
-work first, and the main work goes on in between.
+such work takes turns: of everything that is due, one step at a time, urgent work first, and the
+main work goes on in between.
 """
 
 from __future__ import annotations

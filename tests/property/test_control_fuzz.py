@@ -117,7 +117,7 @@ def do(server: Server, callers: list, action: str, who: int, value) -> None:
         server.waiting = [one for one in server.waiting if not one.closed]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(ACTIONS, max_size=40))
 def test_whatever_callers_do_who_behaves_is_answered_and_who_left_is_forgotten(actions):
     with tempfile.TemporaryDirectory() as directory:
@@ -191,7 +191,7 @@ class Patient:
         self.socket.shutdown(socket.SHUT_WR)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(STEPS, max_size=30))
 def test_every_call_gets_its_one_answer_however_they_are_mixed(steps):
     """GIVEN callers who keep to the protocol THEN none is dropped, and none waits for ever."""

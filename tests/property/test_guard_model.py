@@ -262,7 +262,7 @@ class GuardAgainstAKernel(RuleBasedStateMachine):
 
 
 TestGuard = GuardAgainstAKernel.TestCase
-TestGuard.settings = settings(max_examples=300, stateful_step_count=40, deadline=None)
+TestGuard.settings = settings(max_examples=300, stateful_step_count=40)
 
 
 @given(

@@ -17,7 +17,7 @@ EVENTS = st.lists(
 
 
 @given(EVENTS)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_no_look_before_a_run_counts_after_it(events):
     clock = last_run = since = 0
     known = True  # whether the last scan that asked knew of all runs

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ksmd.core.inherit import flagged_as_before
@@ -57,7 +57,6 @@ LINES = st.lists(
 ).map(b"".join)
 
 
-@settings(deadline=None)
 @given(st.one_of(LINES, st.binary(max_size=200), st.tuples(LINES, st.binary()).map(b"".join)))
 @example(LINE[:-1])
 @example(b"")
@@ -69,7 +68,6 @@ def test_any_text_is_read_or_refused_as_line_by_line(text: bytes) -> None:
     assert flagged == one_by_one
 
 
-@settings(deadline=None)
 @given(st.lists(st.sampled_from([LINE, LINE + FIELDS, FIELDS, b"x", b"9ize: 1 kB\n"])))
 def test_a_mapping_without_flags_never_has_the_next_ones(parts: list[bytes]) -> None:
     text = b"".join(parts)

@@ -168,7 +168,7 @@ def check(world, room, plan):
 
 
 @given(worlds(), st.dictionaries(st.integers(0, 2), st.integers(-1, 12)))
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @pytest.mark.parametrize("rounds", [planner._ROUNDS, 0])
 def test_a_plan_keeps_every_rule_whatever_the_budgets(rounds, world, room):
     with patch.object(planner, "_ROUNDS", rounds):
@@ -180,7 +180,7 @@ def test_a_plan_keeps_every_rule_whatever_the_budgets(rounds, world, room):
 
 
 @given(worlds())
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 def test_without_budgets_a_plan_saves_all_that_can_be_saved(world):
     places, store, merged, _ = world
     world = (places, store, merged, PlanLimits(3, vma_bytes=0))
@@ -197,7 +197,7 @@ def test_without_budgets_a_plan_saves_all_that_can_be_saved(world):
 
 
 @given(worlds(), st.dictionaries(st.integers(0, 2), st.integers(0, 12)))
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_the_same_input_gives_the_same_plan(world, room):
     first, second = plan_of(world, room), plan_of(world, room)
     assert first.merges.tolist() == second.merges.tolist()

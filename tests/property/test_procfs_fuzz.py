@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ksmd.kernel import proctext, risks
@@ -52,7 +52,6 @@ soup = st.lists(st.sampled_from(LINES) | st.binary(max_size=20), max_size=12).ma
 
 
 @pytest.mark.parametrize("parser", PARSERS, ids=lambda parser: parser.__name__)
-@settings(deadline=None)
 @given(data=st.binary(max_size=300) | soup)
 @example(data=b"1000-2000 rw-p 0 00:00 0  \xff\n")
 @example(data=b"1 (" + b"9" * 5000 + b") S" + b" 9" * 30)
@@ -65,7 +64,6 @@ def test_no_input_raises_anything_but_value_error(
         parser(data)
 
 
-@settings(deadline=None)
 @given(text=st.text(max_size=200))
 def test_any_text_is_taken_too(text: str) -> None:
     for parser in (proctext.parse_maps, proctext.parse_smaps):
@@ -100,7 +98,6 @@ def _line(vma: Vma) -> str:
     return f"{head:<73}{vma.path}" if vma.path else head
 
 
-@settings(deadline=None)
 @given(st.lists(vmas, max_size=20))
 def test_every_mapping_that_a_kernel_can_print_is_read_back(mappings: list[Vma]) -> None:
     text = "".join(_line(vma) + "\n" for vma in mappings)
@@ -108,7 +105,6 @@ def test_every_mapping_that_a_kernel_can_print_is_read_back(mappings: list[Vma])
     assert proctext.parse_smaps(text) == mappings
 
 
-@settings(deadline=None)
 @given(
     st.text(st.characters(min_codepoint=32, max_codepoint=126), min_size=1, max_size=15),
     st.integers(0, (1 << 63) - 1),

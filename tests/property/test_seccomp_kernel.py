@@ -84,7 +84,7 @@ def _child(program: Sequence[Instruction], args: Sequence[int]) -> int:
     return ctypes.get_errno()
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @example([(0x3C, 0, 0, 0), (0x06, 0, 0, SECCOMP_RET_ALLOW)], (0,) * 6)
 @given(PROGRAMS, ARGS)
 def test_the_kernel_gives_the_same_answer(program: list[Instruction], args: list[int]) -> None:

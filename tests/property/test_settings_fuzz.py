@@ -81,7 +81,7 @@ def judge(text: str) -> None:
     assert places == sorted(places)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.text())
 @example("\x85")
 @example("\ufeff")
@@ -92,19 +92,19 @@ def test_any_text_is_read_or_refused(text):
     judge(text)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(WORDS | st.sampled_from([" ", "\n", "\n  ", ": ", "- ", ", "]), max_size=40))
 def test_any_pile_of_yaml_tokens_is_read_or_refused(tokens):
     judge("".join(tokens))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(TREES | NEARLY)
 def test_any_yaml_document_is_read_or_refused(content):
     judge(yaml.dump(content))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(NEARLY, st.data())
 def test_a_damaged_document_is_read_or_refused(content, data):
     text = yaml.safe_dump(content)
@@ -179,7 +179,7 @@ VALID = st.builds(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(VALID)
 def test_valid_settings_read_back_as_they_were_dumped(valid):
     read = loads(dump(valid))
@@ -187,7 +187,7 @@ def test_valid_settings_read_back_as_they_were_dumped(valid):
     assert changed(effective(valid), effective(read)) == []
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(VALID, VALID)
 def test_differences_are_told_exactly_when_there_are_some(old, new):
     assert (changed(effective(old), effective(new)) == []) == (old == new)
@@ -200,7 +200,7 @@ def share_a_page(one, other) -> bool:
     return one[0] < other[0] + other[1] and other[0] < one[0] + one[1]
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(st.lists(SPANS, max_size=3))
 @example([[(0, 2)], [(1, 1)], [(0, 3)]])  # the last hides the first from the second
 def test_conflicts_are_found_exactly_where_pages_are_claimed_twice(claimed):

@@ -223,7 +223,7 @@ class TablesInSmallPieces(TablesAgainstDict):
     small_pieces = True
 
 
-TablesAgainstDict.TestCase.settings = settings(deadline=None, stateful_step_count=40)
-TablesInSmallPieces.TestCase.settings = settings(deadline=None, stateful_step_count=40)
+TablesAgainstDict.TestCase.settings = settings(stateful_step_count=40)
+TablesInSmallPieces.TestCase.settings = settings(stateful_step_count=40)
 TestTablesAgainstDict = TablesAgainstDict.TestCase
 TestTablesInSmallPieces = TablesInSmallPieces.TestCase
