@@ -118,11 +118,17 @@ class RefusedRanges:
 
     def pages(self) -> Counter[Reason]:
         """Count their pages by reason."""
-        npages = ((self.ends - self.starts) >> np.uint64(PAGE_SHIFT)).astype(np.int64)
+        return self._pages.copy()
+
+    @functools.cached_property
+    def _pages(self) -> Counter[Reason]:
+        """Count them once: whoever asks for the status asks for those of all targets."""
+        npages = (self.ends - self.starts) >> np.uint64(PAGE_SHIFT)
+        counts = np.bincount(self.reason, npages, len(self.reasons))
         found: Counter[Reason] = Counter()
-        for number, reason in enumerate(self.reasons):
-            if count := int(npages[self.reason == number].sum()):
-                found[reason] += count
+        for reason, count in zip(self.reasons, counts.tolist(), strict=True):
+            if count:  # a reason may stand there more than once
+                found[reason] += int(count)
         return found
 
 

@@ -133,11 +133,12 @@ class Blocks:
 
     def trim(self) -> None:
         """Give the memory behind the last block in use back."""
-        in_use = np.ones(self._used, np.bool_)
-        in_use[self._free] = False
-        last = np.flatnonzero(in_use)[-1:]
-        self._used = int(last[0]) + 1 if last.size else 0
-        self._free = np.sort(self._free[self._free < self._used])
+        if self._free.size:
+            in_use = np.ones(self._used, np.bool_)
+            in_use[self._free] = False
+            last = np.flatnonzero(in_use)[-1:]
+            self._used = int(last[0]) + 1 if last.size else 0
+            self._free = np.sort(self._free[self._free < self._used])
         self._resize(max(self._used, 1))
 
     def _resize(self, n: int) -> None:

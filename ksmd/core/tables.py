@@ -194,8 +194,9 @@ class PageTables:
 
     def _take_for_looked_at(self, keys: U64, blocks: U32, now: int, still_since: int) -> None:
         untouched = self._blocks.untouched(blocks, now, still_since)
-        found = keys[untouched]
-        self._blocks.rest(blocks[untouched], found, np.ones(found.size, np.bool_), now)
+        if untouched.any():
+            found = keys[untouched]
+            self._blocks.rest(blocks[untouched], found, np.ones(found.size, np.bool_), now)
 
     def wake(self, slot: int, pages: U64) -> None:
         """Have the next scan look at *pages* of a target, in any order: they have changed."""
@@ -243,10 +244,11 @@ class PageTables:
         table = self._maps.get(slot)
         if table is None:
             return 0
-        gone = self._blocks.present(table.blocks)
-        if table.seqnr == seqnr:
-            gone &= ~self._blocks.seen[table.blocks]
-        forgotten = self._clear(table, gone, np.arange(gone.size))
+        self._enter(slot, seqnr)  # of a target that the scan did not come to it observed nothing
+        left = np.flatnonzero(self._blocks.seen[table.blocks] != _ALL)  # and of what rests, all
+        blocks = table.blocks[left]
+        gone = self._blocks.present(blocks) & ~self._blocks.seen[blocks]
+        forgotten = self._clear(table, gone, left)
         self._blocks.trim()
         return forgotten
 

@@ -281,8 +281,9 @@ class Service:
             case "GetApiVersion":
                 return {"version": 1}
             case "Status" | "Targets":
-                status = self._status() if method == "Status" else {}
-                return status | self._targets_for(call)
+                short = method == "Targets"
+                status = {"targets": report.targets(self.pipeline)} if short else self._status()
+                return status | self._visible(call, status["targets"])
             case "Scan" if parameters.get("scan") is None:
                 return self._scan_all(parameters, call)
             case "Unmerge":
@@ -331,9 +332,8 @@ class Service:
     def _closed(self, connection: int) -> None:
         self.programs.closed(connection)
 
-    def _targets_for(self, call: Call) -> dict[str, Any]:
-        status = report.targets(self.pipeline)
-        return {"targets": self.programs.visible(call, self.server.gid, status)}
+    def _visible(self, call: Call, targets: list[dict[str, Any]]) -> dict[str, Any]:
+        return {"targets": self.programs.visible(call, self.server.gid, targets)}
 
     def _status(self) -> dict[str, Any]:
         status = report.status(self.pipeline, self._paused, self._ours)

@@ -219,7 +219,9 @@ def anonymous_pages(pid: int) -> int:
 
 def mapped_pages(pid: int) -> tuple[int, int, int]:
     """Count the pages that a process has mapped: all, code, data and stack (statm)."""
-    statm = read_file(task_path(pid, "statm"), f"process {pid}")
+    statm = read_process(pid, "statm")
+    if statm.startswith(b"0 "):  # its first thread has ended, others may live
+        statm = read_file(task_path(pid, "statm"), f"process {pid}")
     size, _, _, code, _, data, _ = statm.split()
     return int(size), int(code), int(data)
 
