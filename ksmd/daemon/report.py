@@ -96,7 +96,7 @@ def target_status(pipeline: Pipeline, target: Target) -> TargetStatus:
         stop_ms_p99=round(target.stops.p99, 3),
         stop_ms_max=round(target.stops.worst, 3),
         cow_breaks=target.cow_breaks,
-        refused=str(target.refused or ""),
+        refused=str(target.left_alone or ""),
     )
 
 
@@ -148,7 +148,7 @@ def why(pipeline: Pipeline, pid: int, address: int | None, start: int = 0) -> di
     target = pipeline.targets.by_pid(pid)
     if target is None:
         return None
-    reason = target.refused
+    reason = target.left_alone
     areas = _areas(target, start)
     fit = _that_fit(areas)
     answer: dict[str, Any] = {

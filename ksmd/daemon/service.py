@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -399,7 +398,7 @@ class Service:
         if pid is None:
             self._paused = True
         else:
-            targets[0].refuse(Reason.RELEASED, "", time.monotonic())
+            targets[0].release()
         steps = self.pipeline.merging.holding(self.pipeline.unmerger.unmerge(targets))
         self.loop.add(Job("unmerge", steps, interim, done, _fail(call if wait else None)))
         return None if wait else {"pages": expected}
@@ -408,9 +407,7 @@ class Service:
         """Scan on; targets that were unmerged by request may be merged again."""
         self._paused = self._guardian.awaited = False
         for target in self.pipeline.targets:
-            if target.refused is Reason.RELEASED:
-                target.refused = None
-                target.accepted()
+            target.released = False
         self.loop.hurry()
 
     def _why(self, pid: int, address: int | None = None, start: int = 0) -> dict[str, Any]:

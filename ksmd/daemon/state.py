@@ -131,6 +131,7 @@ class Target:
     refused: Reason | None = None
     detail: str = ""
     pause_secs: float = 0.0
+    released: bool = False  # somebody asked for its pages back
     misses: int = 0
     retry_at: float = 0.0
     last_window: float = 0.0
@@ -187,6 +188,17 @@ class Target:
         """Pages that showed the store at the last count."""
         return int(self.sites["npages"].sum())
 
+    @property
+    def left_alone(self) -> Reason | None:
+        """Why nothing more of it is merged, as operators are told."""
+        return Reason.RELEASED if self.released else self.refused
+
+    def release(self) -> None:
+        """Merge nothing more of it, whatever becomes of the windows that give its pages back."""
+        self.released = True
+        if self.tell is not None:
+            self.tell("refused", self, reason=str(Reason.RELEASED))
+
     def refuse(self, reason: Reason, detail: str, now: float) -> None:
         """Leave the target alone: for good, or with growing pauses where the reason may pass."""
         if self.tell is not None and self.refused is not reason:
@@ -219,7 +231,7 @@ class Target:
         Not in a program that handles page faults itself: a stop takes the fault of a waiting thread
         back, and whoever was told of it by poll(2) reads EAGAIN.
         """
-        if self.handles_faults:
+        if self.handles_faults or self.released:
             return False
         if self.refused is not None and self.refused not in PASSING:
             return False

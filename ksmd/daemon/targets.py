@@ -417,8 +417,8 @@ class Targets:
         counts[Reason.UNGUARDED] = self.unguarded
         for target in self:
             counts.update(target.refused_ranges.pages())
-            if target.refused is not None:
-                counts[target.refused] += 1
+            if target.left_alone is not None:
+                counts[target.left_alone] += 1
         return counts
 
 
