@@ -21,11 +21,12 @@ from ksmd.cli import render, words
 from ksmd.cli.common import console, print_json
 from ksmd.client import Client, DaemonUnavailableError
 from ksmd.guard import door
-from ksmd.kernel import ksm, procfs, rivals
+from ksmd.kernel import ksm, memcg, procfs, rivals
 from ksmd.kernel.rivals import Running
 from ksmd.model.errors import Exit, KsmdError, PrivilegeError
 from ksmd.model.features import Feature
 from ksmd.model.refusal import SENTENCES, Reason
+from ksmd.model.units import PAGE_SIZE
 
 HELP = "what is wrong here, and what to do about it; needs no daemon"
 DEFAULT_CONFIG = Path("/etc/ksmd/ksmd.yaml")
@@ -145,6 +146,9 @@ def of_daemon(socket: Path | str) -> Iterator[Finding]:
         yield Finding("problem", str(error), error.hint or "look at `journalctl -u ksmd`")
         return
     yield from of_status(status, procfs.mem_available())
+    yield from of_limits(
+        memcg.lacking({one["pid"]: one["merging_pages"] * PAGE_SIZE for one in status["targets"]})
+    )
     yield from of_kernel_ksm(
         ksm.read() or {},
         {one["pid"]: rivals.kernel_ksm_pages(one["pid"]) for one in status["targets"]},
@@ -182,6 +186,17 @@ def of_status(status: Mapping[str, Any], available: int) -> Iterator[Finding]:
             "warning",
             f"{words.count(count, 'target')} left alone: {sentence}",
             "`ksmctl why PID` says more",
+        )
+
+
+def of_limits(lacking: Iterable[tuple[memcg.Limit, int]]) -> Iterator[Finding]:
+    """Judge memory cgroups that have no room for what is merged in them, and is not any more."""
+    for limit, needed in lacking:
+        yield Finding(
+            "warning",
+            f"what is merged in it would take {words.size(needed)} by itself: {limit}",
+            "raise memory.max there, or free memory: its programs may be killed when they write to"
+            " what is merged, and ksmd gives none of it back until it fits",
         )
 
 

@@ -18,7 +18,7 @@ from ksmd.daemon.adopt import Adoption, find_pager
 from ksmd.daemon.pipeline import Pipeline
 from ksmd.daemon.targets import Targets
 from ksmd.guard.client import Pager
-from ksmd.kernel import libc, procfs, rlimits
+from ksmd.kernel import libc, memcg, rlimits
 from ksmd.kernel.iouring import PinRing
 from ksmd.model.errors import Exit, KsmdError
 from ksmd.model.units import PAGE_SHIFT
@@ -72,7 +72,7 @@ def _give_back(pager: Pager, engine: Engine) -> int:
     """Unmerge all; how many processes the pager has to guard still."""
     settings = defaults().plain()
     ring = PinRing()
-    available = procfs.mem_available() >> PAGE_SHIFT
+    available = memcg.available() >> PAGE_SHIFT
     targets = Targets(settings, settings.resolved_tables(available), ring, pager)
     targets.ours |= {pager.pid, pager.shadow, engine.pid}
     pipeline = Pipeline(targets, engine, pager)

@@ -32,7 +32,7 @@ from ksmd.daemon.journal import fields
 from ksmd.daemon.state import Domain, Target
 from ksmd.daemon.targets import Targets
 from ksmd.daemon.windows import Asked, MergeResult, Windows, is_asked
-from ksmd.kernel import procfs, risks
+from ksmd.kernel import memcg, risks
 from ksmd.model.errors import KsmdError, TargetGoneError
 from ksmd.model.plan import ExtentPlan, Plan
 from ksmd.model.refusal import Reason
@@ -293,6 +293,8 @@ class Merger:
                     continue
                 split_cut(target, batch, huge)
                 done = self._windows.attempt(target, extent, batch, asked, result, self._meanwhile)
+                if done is not None and done.refused is Reason.MEMORY:
+                    break  # and will be a moment later
                 if done is not None:
                     carried.append(self._windows.account(domain, target, done, result))
                 yield result
@@ -338,4 +340,4 @@ class Merger:
 
 def _scattered_pages() -> int:
     """Give how large an extent for scattered pages may be: filling it comes before freeing any."""
-    return min(_SCATTERED_PAGES, procfs.mem_available() // _SCATTERED_SHARE >> PAGE_SHIFT)
+    return min(_SCATTERED_PAGES, memcg.available() // _SCATTERED_SHARE >> PAGE_SHIFT)

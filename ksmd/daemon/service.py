@@ -27,7 +27,7 @@ from ksmd.daemon.tuning import ThreadInfo, Tuning
 from ksmd.daemon.unguarded import Rescue
 from ksmd.daemon.unmerger import UnmergeResult
 from ksmd.guard import selftest
-from ksmd.kernel import capabilities, procfs
+from ksmd.kernel import capabilities, memcg, procfs
 from ksmd.kernel.features import probe
 from ksmd.kernel.iouring import PinRing
 from ksmd.model.errors import KernelFeatureError, KsmdError, PrivilegeError
@@ -81,7 +81,7 @@ class Service:
             self.server.close()
             raise
         self._pager = self._guardian.pager
-        sizes = given.settings.resolved_tables(procfs.mem_available() >> PAGE_SHIFT)
+        sizes = given.settings.resolved_tables(memcg.available() >> PAGE_SHIFT)
         ring = PinRing()
         targets = Targets(given.settings, sizes, ring, self._pager, Path(f"{name}.folios"))
         self.pipeline = Pipeline(targets, self._engine, self._pager)
@@ -467,7 +467,7 @@ def _unmerged(result: UnmergeResult) -> dict[str, Any]:
     answer: dict[str, Any] = {"pages": result.pages}
     if result.left:
         reason = result.reason or Reason.WINDOW_FAILED
-        answer["refused"] = [report.refusal(reason, f"{result.left} pages")]
+        answer["refused"] = [report.refusal(reason, f"{result.left} pages", result.detail)]
     return answer
 
 

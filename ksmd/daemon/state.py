@@ -23,6 +23,7 @@ from ksmd.core.sieve import Sieve
 from ksmd.core.strangers import Strangers
 from ksmd.core.tables import PageTables
 from ksmd.core.windows import Ground, Records
+from ksmd.daemon.memory import Room
 from ksmd.kernel.iouring import PinRing
 from ksmd.kernel.memory import Memory
 from ksmd.kernel.pagemap import PageMap
@@ -53,6 +54,7 @@ PASSING = frozenset(
         Reason.STALE_STUB,
         Reason.WINDOW_FAILED,
         Reason.NO_GUARD,
+        Reason.MEMORY,
     }
 )
 #: What maps shows of the store, before the domain's name.
@@ -132,6 +134,7 @@ class Target:
     detail: str = ""
     pause_secs: float = 0.0
     released: bool = False  # somebody asked for its pages back
+    room: Room = field(default_factory=Room)
     misses: int = 0
     retry_at: float = 0.0
     last_window: float = 0.0

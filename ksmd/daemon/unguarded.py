@@ -29,6 +29,7 @@ from pathlib import Path
 from ksmd.core.price import WindowPrice
 from ksmd.core.selection import Selected
 from ksmd.core.windows import unmerge_records, windows_of
+from ksmd.daemon import memory
 from ksmd.daemon.prepare import refuse_early
 from ksmd.daemon.state import PASSING, STORE_PATH, Target
 from ksmd.daemon.targets import Targets
@@ -43,7 +44,6 @@ from ksmd.model.vma import Vma
 from ksmd.model.vmas import Vmas
 from ksmd.model.window import Op, WindowRequest
 from ksmd.remap.engine import Engine, RefusedTargetError
-from ksmd.remap.store import MEMORY_RESERVE
 
 log = logging.getLogger(__name__)
 
@@ -116,9 +116,7 @@ class Rescue:
         return found
 
     def _unmerge(self, one: Unguarded) -> Iterator[float]:
-        needed, available = one.npages << PAGE_SHIFT, procfs.mem_available() - MEMORY_RESERVE
-        if needed > available:
-            raise KsmdError(f"that takes {needed >> 20} MiB, {max(0, available) >> 20} are there")
+        memory.check(one.process.pid, one.npages << PAGE_SHIFT)
         refused: RefusedTargetError | None = None
         for _ in range(_TRIES):
             left = look(one.process.pid)

@@ -1,7 +1,8 @@
 """Give merged pages back: each becomes anonymous memory of its own again, with its content.
 
-Before anything is changed the memory that this takes is compared with what is available. A target
-that cannot be stopped now is tried again a few times; what is left keeps its guard.
+Before anything is changed the memory that this takes is compared with what is available, on the
+host and in the memory cgroups of each target. A target that cannot be stopped now is tried again a
+few times; what is left keeps its guard.
 """
 
 from __future__ import annotations
@@ -15,26 +16,23 @@ import numpy as np
 
 from ksmd.core.spans import Spans
 from ksmd.core.windows import unmerge_records
+from ksmd.daemon import memory
 from ksmd.daemon.accounting import Accounting
 from ksmd.daemon.journal import fields
+from ksmd.daemon.prepare import refuse
 from ksmd.daemon.state import Target
 from ksmd.daemon.targets import Targets
 from ksmd.daemon.windows import Windows
 from ksmd.guard.intervals import Intervals
-from ksmd.kernel import libc, procfs
-from ksmd.model.errors import KsmdError, TargetGoneError
+from ksmd.kernel import libc, memcg
+from ksmd.model.errors import TargetGoneError
 from ksmd.model.refusal import Reason
 from ksmd.model.units import PAGE_SHIFT, PAGE_SIZE
-from ksmd.remap.store import MEMORY_RESERVE
 
 log = logging.getLogger(__name__)
 
 _TRIES = 20
 _PAUSE_SECS = 0.1
-
-
-class NotEnoughMemoryError(KsmdError):
-    """Unmerging would take more memory than is available."""
 
 
 @dataclass(slots=True)
@@ -44,6 +42,7 @@ class UnmergeResult:
     pages: int = 0
     left: int = 0
     reason: Reason | None = None
+    detail: str = ""
 
 
 class Unmerger:
@@ -60,8 +59,13 @@ class Unmerger:
         self._accounting = accounting
 
     def check_memory(self, targets: Sequence[Target]) -> None:
-        """Raise NotEnoughMemoryError, with figures, where the pages would not fit."""
-        _check_memory(sum(target.merged_pages for target in targets) * PAGE_SIZE)
+        """Raise NotEnoughMemoryError, with figures, where the pages would not fit.
+
+        Of several targets those that fit into their memory cgroups are given back.
+        """
+        memory.check_host(sum(target.merged_pages for target in targets) * PAGE_SIZE)
+        if len(targets) == 1:
+            memory.check(targets[0].pid, targets[0].merged_pages * PAGE_SIZE)
 
     def unmerge(self, targets: Sequence[Target]) -> Iterator[UnmergeResult]:
         """Unmerge *targets*; gives the running result after every window."""
@@ -69,8 +73,11 @@ class Unmerger:
         self.check_memory(targets)
         result = UnmergeResult()
         for target in targets:
-            for attempt in range(_TRIES):
+            fits = _fits(target)
+            for attempt in range(_TRIES if fits else 0):
                 if target.slot not in self._targets.by_slot or not target.mappings:
+                    break
+                if target.refused is Reason.MEMORY:
                     break
                 if attempt:
                     time.sleep(_PAUSE_SECS)
@@ -94,7 +101,7 @@ class Unmerger:
         """
         self._targets.read_mappings(target)
         needed = _merged_bytes(target, spans)
-        _check_memory(needed)
+        memory.check(target.pid, needed)
         result = UnmergeResult()
         if needed:
             yield from self._once(target, result, spans)
@@ -102,7 +109,8 @@ class Unmerger:
                 return
             self._targets.read_mappings(target)
         result.left = _merged_bytes(target, spans) >> PAGE_SHIFT
-        result.reason = target.refused if result.left else None
+        if result.left:
+            result.reason, result.detail = target.refused, target.detail
         if not target.mappings:
             self._windows.forget_contexts(target)
         yield result
@@ -116,11 +124,13 @@ class Unmerger:
         if left:
             result.left += left
             result.reason = target.refused or Reason.WINDOW_FAILED
+            result.detail = target.detail
             log.warning(
-                "pid %d keeps %d merged pages: %s",
+                "pid %d keeps %d merged pages: %s %s",
                 target.pid,
                 left,
                 result.reason,
+                result.detail,
                 extra=fields(
                     target_pid=target.pid,
                     domain=target.selected.domain,
@@ -152,15 +162,18 @@ class Unmerger:
                 yield result
 
 
-def _check_memory(needed: int) -> None:
-    """Raise NotEnoughMemoryError, with figures, where *needed* bytes would not fit."""
-    available = procfs.mem_available() - MEMORY_RESERVE
-    if needed > available:
-        raise NotEnoughMemoryError(
-            f"unmerging takes {needed >> 20} MiB and only {max(0, available) >> 20} MiB are"
-            " available",
-            "free memory, unmerge single targets (--pid), or stop with on_stop: keep",
-        )
+def _fits(target: Target) -> bool:
+    """Whether all of a target may come back, as far as its memory cgroups go; else it is refused.
+
+    Not a part of it: that would leave the group with no room at all.
+    """
+    limit = memcg.tightest(target.pid)
+    if limit is not None and limit.room < target.merged_pages * PAGE_SIZE:
+        refuse(target, Reason.MEMORY, str(limit))
+        return False
+    if target.refused is Reason.MEMORY:
+        target.accepted()
+    return True
 
 
 def _merged_bytes(target: Target, spans: Intervals) -> int:

@@ -23,6 +23,7 @@ from ksmd.daemon.prepare import prepare, refuse
 from ksmd.daemon.state import PASSING, Domain, Target
 from ksmd.daemon.targets import Targets
 from ksmd.guard.client import Pager
+from ksmd.kernel.memcg import Limit
 from ksmd.model.refusal import Reason
 from ksmd.model.units import PAGE_SHIFT
 from ksmd.model.window import Op, WindowRequest, WindowResult
@@ -34,6 +35,8 @@ _MAPPING = frozenset({int(Op.MERGE), int(Op.REMERGE)})
 #: Refusals that have to do with the moment of the stop, and how often an asked window tries again.
 _MOMENTARY = frozenset({Reason.UNSTOPPABLE, Reason.NO_THREAD, Reason.STALE_STUB})
 _RETRIES = 3
+#: Bytes that any window takes of its target's memory: the stub, page tables, mappings.
+_ASIDE = 1 << 19
 
 
 @dataclass(slots=True)
@@ -163,6 +166,9 @@ class Windows:
     ) -> WindowResult:
         """Open one stop window: the pager hears of the ranges before it and after it."""
         assert target.contexts is not None
+        if (full := _full_group(target, records)) is not None:
+            refuse(target, Reason.MEMORY, str(full))
+            return WindowResult(target.id, records, refused=Reason.MEMORY, detail=str(full))
         request = WindowRequest(
             target.id,
             records,
@@ -278,6 +284,12 @@ class Windows:
             os.close(target.contexts.guard)
             os.close(target.contexts.track)
         target.contexts = None
+
+
+def _full_group(target: Target, records: Records) -> Limit | None:
+    """Give the memory cgroup of the target that has no room for what a window takes."""
+    back = int(records["op"][0]) == Op.UNMERGE
+    return target.room.take(target.pid, _ASIDE + (int(records["length"].sum()) if back else 0))
 
 
 def announce(pager: Pager, slot: int, records: Records) -> None:

@@ -18,7 +18,7 @@ import struct
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from ksmd.kernel import libc, procfs, proctext
+from ksmd.kernel import cgroups, libc, procfs, proctext
 from ksmd.kernel.vmaquery import VmaQuery
 from ksmd.model.errors import KernelFeatureError, KsmdError, PrivilegeError, TargetGoneError
 from ksmd.model.vma import Vma
@@ -174,45 +174,16 @@ def shares_memory(pid: int) -> int | None:
 # ---------------------------------------------------------------- cgroup freezer
 
 
-def _mounts() -> list[tuple[str, str, str, str]]:
-    """Give (file system, options, root, mount point) of every cgroup mount we see."""
-    found = []
-    for line in os.fsdecode(procfs.read_file("/proc/self/mountinfo", "mountinfo")).split("\n"):
-        left, dash, right = line.partition(" - ")
-        fields, kind = left.split(), right.split()
-        if dash and len(fields) >= 5 and len(kind) >= 3 and kind[0].startswith("cgroup"):
-            found.append((kind[0], kind[2], fields[3], fields[4]))
-    return found
-
-
-def _freezer_files(cgroup: bytes) -> list[tuple[Path, bool]]:
-    """Give the files that tell of a freezer, and whether they are of version 2."""
-    files = []
-    mounts = _mounts()
-    for line in os.fsdecode(cgroup).split("\n"):
-        number, controllers, path = [*line.split(":", 2), "", ""][:3]
-        v2 = number == "0" and not controllers
-        if not v2 and "freezer" not in controllers.split(","):
-            continue
-        for kind, options, root, point in mounts:
-            if (kind == "cgroup2") != v2 or (not v2 and "freezer" not in options.split(",")):
-                continue
-            inside = path[len(root) :] if root != "/" and path.startswith(root) else path
-            folder = Path(point) / inside.lstrip("/")
-            files.append((folder / ("cgroup.events" if v2 else "freezer.state"), v2))
-    return files
-
-
 def frozen(pid: int) -> bool:
     """Tell whether a cgroup freezer (v1 or v2) holds *pid*, or is about to."""
-    for file, v2 in _freezer_files(procfs.read_process(pid, "cgroup")):
+    for group in cgroups.groups_of(pid, "freezer"):
         try:
-            data = file.read_bytes()
+            data = (group.folder / ("cgroup.events" if group.v2 else "freezer.state")).read_bytes()
         except OSError:
             continue
         if (
             proctext.parse_fields(data.replace(b" ", b":")).get("frozen") == "1"
-            if v2
+            if group.v2
             else (data.strip() in (b"FROZEN", b"FREEZING"))
         ):
             return True

@@ -126,7 +126,8 @@ SENTENCES: dict[Reason, str] = {
     Reason.VMA_BUDGET: "mapping it would take more of vm.max_map_count than ksmd allows itself",
     Reason.NO_PROFIT: "merging it would cost more memory than it saves",
     Reason.STORE_FULL: "the store could not grow (memory, locked memory, file descriptors)",
-    Reason.MEMORY: "not enough memory is free to give every page back",
+    Reason.MEMORY: "not enough memory is free on the host, or below a limit of its memory cgroup"
+    " (memory.max), to give its pages back",
     Reason.WINDOW_FAILED: "a step of the stop window failed and was undone",
 }
 

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ksmd.kernel import libc, memfd, procfs
+from ksmd.kernel import libc, memcg, memfd
 from ksmd.kernel.iouring import PinRing
 from ksmd.kernel.memfd import ExtentMap
 from ksmd.kernel.thp import LargeFolios
@@ -149,7 +149,7 @@ class Store:
 
         A KsmdError, or closing it before its end, leaves nothing behind.
         """
-        available = procfs.mem_available()
+        available = memcg.available()
         if plan.npages * PAGE_SIZE + MEMORY_RESERVE > available:
             raise KsmdError(
                 f"the store cannot grow by {plan.npages} pages: {available >> 20} MiB are available"

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from kernel_victims import Victim
 
-from ksmd.kernel import procfs, risks
+from ksmd.kernel import cgroups, procfs, risks
 from ksmd.model.errors import TargetGoneError
 
 pytestmark = pytest.mark.root
@@ -164,11 +164,9 @@ def test_a_forked_child_does_not_share_the_memory() -> None:
 @contextmanager
 def _group(kind: str) -> Iterator[Path]:
     """A cgroup of our own in the freezer of version *kind*, removed afterwards."""
-    for fstype, options, _, point in risks._mounts():
-        if (fstype == "cgroup2") == (kind == "v2") and (
-            kind == "v2" or "freezer" in options.split(",")
-        ):
-            folder = Path(point) / f"ksmd-test-{os.getpid()}"
+    for found in cgroups.groups_of(os.getpid(), "freezer"):
+        if found.v2 == (kind == "v2"):
+            folder = found.top / f"ksmd-test-{os.getpid()}"
             break
     else:
         pytest.skip(f"no cgroup {kind} freezer is mounted")

@@ -1,0 +1,198 @@
+"""Programs in memory cgroups with a limit: what merging made room for may be in use by now.
+
+A program whose pages all come back then would be killed by the kernel, or others of its group. So
+nothing is given back that does not fit, and a window is not even opened where a group is full.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from actor import Actor
+from harness import PAGE, Daemon, settings_for, store_mappings, until
+
+from ksmd.kernel import cgroups
+
+pytestmark = pytest.mark.root
+
+MIB = 1 << 20
+PAGES = 16 * MIB // PAGE
+LIMIT = 24 * MIB
+
+
+class MemoryGroup:
+    """A memory cgroup of our own, of whichever version has that controller here."""
+
+    def __init__(self, folder: Path, v2: bool) -> None:
+        self.folder, self._v2 = folder, v2
+
+    def limit(self, nbytes: int) -> None:
+        """Have it take no more than *nbytes*."""
+        name = "memory.max" if self._v2 else "memory.limit_in_bytes"
+        (self.folder / name).write_text(str(nbytes))
+
+    def used(self) -> int:
+        """Give the bytes that it has taken."""
+        name = "memory.current" if self._v2 else "memory.usage_in_bytes"
+        return int((self.folder / name).read_text())
+
+    def kills(self) -> int:
+        """Tell how often the kernel has killed somebody in it for want of memory."""
+        name = "memory.events" if self._v2 else "memory.oom_control"
+        lines = (line.split() for line in (self.folder / name).read_text().splitlines())
+        return {key: int(value) for key, value in lines}["oom_kill"]
+
+    def put(self, pid: int) -> None:
+        """Move a process into it; what it takes from then on is charged here."""
+        (self.folder / "cgroup.procs").write_text(str(pid))
+
+
+@contextlib.contextmanager
+def made_group(name: str) -> Iterator[MemoryGroup]:
+    for group in cgroups.groups_of(os.getpid(), "memory"):
+        if group.v2 and not (group.top / "memory.stat").exists():
+            continue  # a hybrid host: version 1 has the controller
+        if group.v2:
+            (group.top / "cgroup.subtree_control").write_text("+memory")
+        folder = group.top / f"ksmd-test-{os.getpid()}-{name}"
+        folder.mkdir()
+        break
+    else:
+        pytest.fail("no memory controller is mounted")
+    try:
+        yield MemoryGroup(folder, group.v2)
+    finally:
+        until(lambda: not (folder / "cgroup.procs").read_text(), "the group is empty")
+        until(lambda: _removed(folder), "the group is gone")
+
+
+def _removed(folder: Path) -> bool:
+    with contextlib.suppress(OSError):  # busy for a moment, after its last process has ended
+        folder.rmdir()
+    return not folder.exists()
+
+
+@pytest.fixture
+def groups() -> Iterator[Callable[[str], MemoryGroup]]:
+    """Make groups: ``groups(name)``."""
+    with contextlib.ExitStack() as stack:
+        yield lambda name: stack.enter_context(made_group(name))
+
+
+@pytest.fixture
+def actors(groups) -> Iterator[Callable[..., Actor]]:
+    """Start actors: ``actors(pages, group)``. They end before their groups do."""
+    started: list[Actor] = []
+
+    def start(pages: int = PAGES, group: MemoryGroup | None = None) -> Actor:
+        actor = Actor(pages)
+        started.append(actor)
+        if group is not None:
+            group.put(actor.pid)
+            actor.exec()  # what it had before stays charged to where it was
+        return actor
+
+    yield start
+    for actor in started:
+        actor.stop()
+
+
+def merged_pair(groups, actors, daemons) -> tuple[MemoryGroup, Actor, Actor, Daemon]:
+    """One actor beside a group and one in it, merged; another one has taken most of its room."""
+    group = groups("full")
+    group.limit(LIMIT)
+    outside, within = actors(), actors(group=group)
+    daemon = daemons(settings_for(outside, within))
+    daemon.scan()
+    assert store_mappings(within.pid)
+    assert group.used() < LIMIT // 2, "what is merged is still charged to the group"
+    actors(14 * MIB // PAGE, group)
+    return group, outside, within, daemon
+
+
+def test_what_does_not_fit_into_its_group_is_not_given_back(groups, actors, daemons):
+    group, outside, within, daemon = merged_pair(groups, actors, daemons)
+    before, maps = within.ask("sum"), store_mappings(within.pid)
+
+    refused = daemon.run_ctl("unmerge", "--wait", "--pid", within.pid)
+    print(refused.stderr)
+    assert refused.returncode == 1
+    assert f"unmerging process {within.pid} takes 16 MiB" in refused.stderr
+    assert f"{group.folder} has room for" in refused.stderr
+    assert "below its limit of 24 MiB" in refused.stderr
+    assert store_mappings(within.pid) == maps
+
+    answer = json.loads(daemon.run_ctl("unmerge", "--wait").stdout)
+    print(answer)
+    (one,) = answer["refused"]
+    assert one["reason"] == "memory"
+    assert str(group.folder) in one["detail"]
+    assert not store_mappings(outside.pid)
+    assert store_mappings(within.pid) == maps
+    assert daemon.status_of(within)["refused"] == "memory"
+
+    findings = json.loads(daemon.run_ctl("doctor", "--config", daemon.config).stdout)["findings"]
+    assert any(str(group.folder) in found["what"] for found in findings), findings
+    assert (within.ask("sum"), group.kills()) == (before, 0)
+
+    group.limit(2 * LIMIT)
+    daemon.give_back()
+    assert not store_mappings(within.pid)
+    assert (within.ask("sum"), group.kills()) == (before, 0)
+
+
+def test_a_daemon_that_stops_leaves_it_merged_and_guarded(groups, actors, daemons):
+    group, outside, within, daemon = merged_pair(groups, actors, daemons)
+    before = within.ask("sum")
+    assert daemon.stop() == 1
+    daemon.await_log(f"memory cgroup {group.folder} has room for")
+    assert not store_mappings(outside.pid)
+    assert store_mappings(within.pid)
+    assert within.ask("sum") == before
+    assert within.ask("dontneed 0 64") == {"errno": 0, "bad": 0}
+    assert group.kills() == 0
+
+
+def test_no_window_is_opened_in_a_full_group(groups, actors, daemons):
+    group = groups("brim")
+    group.limit(LIMIT)
+    trio = actors(), actors(), actors(group=group)
+    before = [actor.ask("sum") for actor in trio]
+    group.limit(group.used() + (600 << 10))
+    daemon = daemons(settings_for(*trio))
+    daemon.scan()
+    within = trio[2]
+    assert daemon.status_of(within)["refused"] == "memory"
+    assert not store_mappings(within.pid)
+    assert all(store_mappings(actor.pid) for actor in trio[:2])
+
+    group.limit(LIMIT)
+    daemon.scan()
+    assert daemon.status_of(within)["refused"] == ""
+    assert store_mappings(within.pid)
+    assert [actor.ask("sum") for actor in trio] == before
+    assert group.kills() == 0
+
+
+def test_the_store_keeps_within_the_group_of_ksmd(groups, actors, daemons):
+    group = groups("ours")
+    group.limit(64 * MIB)
+    pair = actors(), actors()
+    daemon = daemons(settings_for(*pair))
+    group.put(daemon.pid)
+    daemon.scan()
+    status = daemon.status()
+    assert status["refusals"]["store-full"]
+    assert status["pages_sharing"] == 0
+    daemon.await_log("the store cannot grow")
+
+    group.limit(512 * MIB)
+    daemon.scan()
+    assert daemon.status()["pages_sharing"] > 0
+    assert group.used() > 16 * MIB
+    assert group.kills() == 0
