@@ -178,6 +178,8 @@ class PageTables:
         table = self._enter(slot, seqnr)
         self._take_for_looked_at(table.keys, table.blocks, now, still_since)
         resting = self._blocks.due[table.blocks] > now
+        if resting.all():
+            return [], self._spare(table.blocks)
         spared = self._spare(table.blocks[resting])
         keys = table.keys[~resting]
         ranges = [
