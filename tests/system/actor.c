@@ -6,11 +6,14 @@
  * Arguments: pages, seed, leaderless (0 or 1).
  */
 #include <errno.h>
+#include <fcntl.h>
+#include <linux/userfaultfd.h>
 #include <pthread.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/syscall.h>
@@ -147,6 +150,21 @@ static void do_grow(long n)
 	fprintf(out, "ok errno=0 bad=%ld\n", nonzero(pages - n, n));
 }
 
+/* Register pages with a userfaultfd of its own, and give that up again. */
+static void do_watch(char *at, size_t size)
+{
+	struct uffdio_api api = { .api = UFFD_API };
+	struct uffdio_register registration = {
+		.range = { (uintptr_t)at, size }, .mode = UFFDIO_REGISTER_MODE_MISSING
+	};
+	int fd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK), rc;
+
+	must(fd >= 0 && ioctl(fd, UFFDIO_API, &api) == 0, "userfaultfd");
+	rc = ioctl(fd, UFFDIO_REGISTER, &registration);
+	fprintf(out, "ok errno=%d\n", rc ? errno : 0);
+	close(fd);
+}
+
 static void answer(const char *line)
 {
 	char name[32] = "";
@@ -178,7 +196,9 @@ static void answer(const char *line)
 		void *got = mmap(at, size, PROT_READ | PROT_WRITE,
 				 MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
 		fprintf(out, "ok errno=%d bad=%ld\n", got == at ? 0 : errno, nonzero(first, n));
-	} else if (!strcmp(name, "move"))
+	} else if (!strcmp(name, "watch"))
+		do_watch(at, size);
+	else if (!strcmp(name, "move"))
 		do_move();
 	else if (!strcmp(name, "grow"))
 		do_grow(first);

@@ -12,6 +12,7 @@ readonly, writable PAGE N   mprotect: ``errno=``
 unmap PAGE N       munmap: ``errno=``; map PAGE N: fresh memory there: ``errno= bad=``
 move               mremap of the whole arena to another place: ``errno= address=``
 grow N             mremap to N pages more, where it is: ``errno= bad=`` (of the new pages)
+watch PAGE N       register them with a userfaultfd of its own, for a moment: ``errno=``
 fork               a child that lives on: ``pid=``; "child COMMAND" is answered by it
 exec               execve of itself: all memory is new (:meth:`Actor.exec`)
 =================  =============================================================================

@@ -22,6 +22,7 @@ pytestmark = pytest.mark.root
 
 MIB = 1 << 20
 PAGES = 16 * MIB // PAGE
+StartActor = Callable[[int], Actor]
 LIMIT = 24 * MIB
 
 
@@ -84,34 +85,24 @@ def groups() -> Iterator[Callable[[str], MemoryGroup]]:
         yield lambda name: stack.enter_context(made_group(name))
 
 
-@pytest.fixture
-def actors(groups) -> Iterator[Callable[..., Actor]]:
-    """Start actors: ``actors(pages, group)``. They end before their groups do."""
-    started: list[Actor] = []
-
-    def start(pages: int = PAGES, group: MemoryGroup | None = None) -> Actor:
-        actor = Actor(pages)
-        started.append(actor)
-        if group is not None:
-            group.put(actor.pid)
-            actor.exec()  # what it had before stays charged to where it was
-        return actor
-
-    yield start
-    for actor in started:
-        actor.stop()
+def inside(actors: StartActor, group: MemoryGroup, pages: int = PAGES) -> Actor:
+    """Start an actor in a group. (Fixtures end in turn: let ``groups`` be asked for first.)"""
+    actor = actors(pages)
+    group.put(actor.pid)
+    actor.exec()  # what it had before stays charged to where it was
+    return actor
 
 
 def merged_pair(groups, actors, daemons) -> tuple[MemoryGroup, Actor, Actor, Daemon]:
     """One actor beside a group and one in it, merged; another one has taken most of its room."""
     group = groups("full")
     group.limit(LIMIT)
-    outside, within = actors(), actors(group=group)
+    outside, within = actors(PAGES), inside(actors, group)
     daemon = daemons(settings_for(outside, within))
     daemon.scan()
     assert store_mappings(within.pid)
     assert group.used() < LIMIT // 2, "what is merged is still charged to the group"
-    actors(14 * MIB // PAGE, group)
+    inside(actors, group, 14 * MIB // PAGE)
     return group, outside, within, daemon
 
 
@@ -161,7 +152,7 @@ def test_a_daemon_that_stops_leaves_it_merged_and_guarded(groups, actors, daemon
 def test_no_window_is_opened_in_a_full_group(groups, actors, daemons):
     group = groups("brim")
     group.limit(LIMIT)
-    trio = actors(), actors(), actors(group=group)
+    trio = actors(PAGES), actors(PAGES), inside(actors, group)
     before = [actor.ask("sum") for actor in trio]
     group.limit(group.used() + (600 << 10))
     daemon = daemons(settings_for(*trio))
@@ -182,7 +173,7 @@ def test_no_window_is_opened_in_a_full_group(groups, actors, daemons):
 def test_the_store_keeps_within_the_group_of_ksmd(groups, actors, daemons):
     group = groups("ours")
     group.limit(64 * MIB)
-    pair = actors(), actors()
+    pair = actors(PAGES), actors(PAGES)
     daemon = daemons(settings_for(*pair))
     group.put(daemon.pid)
     daemon.scan()

@@ -6,6 +6,8 @@ over and over, and let the programs themselves judge.
 
 from __future__ import annotations
 
+import errno
+
 import pytest
 from harness import (
     CROWDED,
@@ -191,6 +193,20 @@ def test_memory_that_merged_memory_grows_by_is_zeros(merged_actors):
     assert actor.ask("sum 0 256") == before
     assert actor.ask("dontneed 256 64") == {"errno": 0, "bad": 0}
     assert other.ask("sum") == before
+
+
+def test_a_userfaultfd_of_its_own_has_to_wait_until_memory_is_given_back(actors, daemons):
+    pair = [actors(256), actors(256)]
+    for page in range(128):
+        pair[0].ask(f"write {page}")  # so nobody has the like: candidates, not merged
+    daemon = daemons(settings_for(*pair))
+    daemon.scan()
+    assert store_mappings(pair[0].pid)
+    assert pair[0].ask("watch 0 128") == {"errno": 0}
+    assert pair[0].ask("watch 128 128") == {"errno": errno.EBUSY}
+    assert pair[0].ask("watch 120 16") == {"errno": errno.EBUSY}
+    daemon.give_back("--pid", pair[0].pid)
+    assert pair[0].ask("watch 0 256") == {"errno": 0}
 
 
 def test_merged_memory_may_be_made_read_only_and_stays_so(merged_actors):
