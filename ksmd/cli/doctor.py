@@ -195,8 +195,8 @@ def of_limits(lacking: Iterable[tuple[memcg.Limit, int]]) -> Iterator[Finding]:
         yield Finding(
             "warning",
             f"what is merged in it would take {words.size(needed)} by itself: {limit}",
-            "raise memory.max there, or free memory: its programs may be killed when they write to"
-            " what is merged, and ksmd gives none of it back until it fits",
+            "raise the limit, or free memory there: its programs may be held up or killed when they"
+            " write to what is merged, and ksmd gives none of it back until it fits",
         )
 
 

@@ -41,14 +41,18 @@ def check(pid: int, needed: int) -> None:
     for limit, _ in memcg.lacking({pid: needed}):
         raise NotEnoughMemoryError(
             f"unmerging process {pid} takes {needed >> 20} MiB; {limit}",
-            "raise the limit (memory.max), or free memory of that group",
+            "raise the limit, or free memory of that group",
         )
 
 
 @dataclass(slots=True)
 class Room:
-    """What one target may take before a memory cgroup of it is full: asked anew now and then."""
+    """What one target may take before a memory cgroup of it is full: asked anew now and then.
 
+    ``hard``: by those limits only at which the kernel kills.
+    """
+
+    hard: bool = False
     _until: float = -math.inf
     _limit: Limit | None = None
     _left: float = 0.0
@@ -57,7 +61,7 @@ class Room:
         """Count *nbytes* as taken by the target *pid*; the group that has no room for them."""
         now = time.monotonic()
         if now >= self._until or nbytes > self._left:
-            self._limit = memcg.tightest(pid)
+            self._limit = memcg.tightest(pid, hard=self.hard)
             self._left = math.inf if self._limit is None else self._limit.room
             self._until = now + _ROOM_LASTS
         if nbytes > self._left:

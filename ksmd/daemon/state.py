@@ -134,7 +134,8 @@ class Target:
     detail: str = ""
     pause_secs: float = 0.0
     released: bool = False  # somebody asked for its pages back
-    room: Room = field(default_factory=Room)
+    room: Room = field(default_factory=Room)  # for what is given back
+    brim: Room = field(default_factory=lambda: Room(hard=True))  # for what any window takes
     misses: int = 0
     retry_at: float = 0.0
     last_window: float = 0.0

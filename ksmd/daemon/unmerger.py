@@ -63,9 +63,11 @@ class Unmerger:
 
         Of several targets those that fit into their memory cgroups are given back.
         """
-        memory.check_host(sum(target.merged_pages for target in targets) * PAGE_SIZE)
+        needed = sum(target.merged_pages for target in targets) * PAGE_SIZE
         if len(targets) == 1:
-            memory.check(targets[0].pid, targets[0].merged_pages * PAGE_SIZE)
+            memory.check(targets[0].pid, needed)
+        else:
+            memory.check_host(needed)
 
     def unmerge(self, targets: Sequence[Target]) -> Iterator[UnmergeResult]:
         """Unmerge *targets*; gives the running result after every window."""
@@ -167,8 +169,9 @@ def _fits(target: Target) -> bool:
 
     Not a part of it: that would leave the group with no room at all.
     """
-    limit = memcg.tightest(target.pid)
-    if limit is not None and limit.room < target.merged_pages * PAGE_SIZE:
+    needed = target.merged_pages * PAGE_SIZE
+    limit = memcg.tightest(target.pid) if needed else None
+    if limit is not None and limit.room < needed:
         refuse(target, Reason.MEMORY, str(limit))
         return False
     if target.refused is Reason.MEMORY:

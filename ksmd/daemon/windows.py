@@ -288,8 +288,9 @@ class Windows:
 
 def _full_group(target: Target, records: Records) -> Limit | None:
     """Give the memory cgroup of the target that has no room for what a window takes."""
-    back = int(records["op"][0]) == Op.UNMERGE
-    return target.room.take(target.pid, _ASIDE + (int(records["length"].sum()) if back else 0))
+    if int(records["op"][0]) != Op.UNMERGE:
+        return target.brim.take(target.pid, _ASIDE)
+    return target.room.take(target.pid, _ASIDE + int(records["length"].sum()))
 
 
 def announce(pager: Pager, slot: int, records: Records) -> None:

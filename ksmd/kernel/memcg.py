@@ -4,6 +4,10 @@ What is merged is charged to whoever made the store, and no longer to the progra
 a group with a limit may have grown into the room that merging made: if all its pages came back
 then, the kernel would kill it, or others in its group. File pages of the group are counted as room,
 since the kernel takes them before it kills anybody; that anonymous memory could be swapped is not.
+
+Above memory.high nobody is killed, but the kernel has threads wait that take more, for up to two
+seconds: in a stop window that would be the whole program. So it counts as a limit for what is given
+back, and not for merging, which is what helps then.
 """
 
 from __future__ import annotations
@@ -25,21 +29,30 @@ _NO_LIMIT = 1 << 62
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """A group with a limit: its folder, and in bytes the limit and what may still be taken."""
+    """A limit of a group: the file that says it, and in bytes the limit and what is left of it."""
 
-    folder: Path
+    file: Path
     limit: int
     room: int
 
+    @property
+    def folder(self) -> Path:
+        """The group's."""
+        return self.file.parent
+
     def __str__(self) -> str:
         room, limit = max(0, self.room) >> 20, self.limit >> 20
-        return f"memory cgroup {self.folder} has room for {room} MiB below its limit of {limit} MiB"
+        return (
+            f"memory cgroup {self.folder} has room for {room} MiB below its limit of {limit} MiB"
+            f" ({self.file.name})"
+        )
 
 
-def limits(pid: int) -> list[Limit]:
-    """Give the groups around *pid* that have a limit, the innermost first; none where it is gone.
+def limits(pid: int, *, hard: bool = False) -> list[Limit]:
+    """Give the limits of the groups around *pid*, the innermost first; none where it is gone.
 
-    To ask takes some 15 us for each group, and as much again for files of one that is nearly full.
+    *hard*: those only at which the kernel kills. To ask takes some 15 us for each group, and as
+    much again for each that has a limit.
     """
     found = []
     try:
@@ -47,31 +60,39 @@ def limits(pid: int) -> list[Limit]:
     except TargetGoneError:
         return []
     for group in groups:
-        for folder in group.upwards:
-            limit = _number(folder / ("memory.max" if group.v2 else "memory.limit_in_bytes"))
+        names = _names(group.v2, hard)
+        for file in (folder / name for folder in group.upwards for name in names):
+            limit = _number(file)
             if limit is not None and limit < _NO_LIMIT:
-                room = limit - _taken(folder, v2=group.v2) - min(_RESERVE, limit // _RESERVE_SHARE)
-                found.append(Limit(folder, limit, room))
+                reserve = min(_RESERVE, limit // _RESERVE_SHARE)
+                found.append(Limit(file, limit, limit - _taken(file.parent, group.v2) - reserve))
     return found
 
 
-def tightest(pid: int) -> Limit | None:
-    """Give the group around *pid* that has the least room; None where nothing limits it."""
-    return min(limits(pid), key=lambda one: one.room, default=None)
+def _names(v2: bool, hard: bool) -> tuple[str, ...]:
+    """Name the files that have limits."""
+    if not v2:
+        return ("memory.limit_in_bytes",)
+    return ("memory.max",) if hard else ("memory.max", "memory.high")
+
+
+def tightest(pid: int, *, hard: bool = False) -> Limit | None:
+    """Give the limit around *pid* that leaves the least room; None where there is none."""
+    return min(limits(pid, hard=hard), key=lambda one: one.room, default=None)
 
 
 def lacking(needs: Mapping[int, int]) -> list[tuple[Limit, int]]:
-    """Tell which groups have no room for what their processes need: *needs*, in bytes, by pid.
+    """Tell which limits leave no room for what processes need: *needs*, in bytes, by pid.
 
-    Each comes with what is needed in it.
+    Each comes with what is needed below it.
     """
     found: dict[Path, Limit] = {}
     needed: Counter[Path] = Counter()
     for pid, nbytes in needs.items():
         for one in limits(pid):
-            found[one.folder] = one
-            needed[one.folder] += nbytes
-    return [(one, needed[path]) for path, one in found.items() if needed[path] > one.room]
+            found[one.file] = one
+            needed[one.file] += nbytes
+    return [(one, needed[file]) for file, one in found.items() if needed[file] > one.room]
 
 
 def available() -> int:
@@ -81,7 +102,7 @@ def available() -> int:
     return host if ours is None else min(host, ours.room)
 
 
-def _taken(folder: Path, *, v2: bool) -> int:
+def _taken(folder: Path, v2: bool) -> int:
     """Give the bytes that a group has taken and cannot give back at once."""
     taken = _number(folder / ("memory.current" if v2 else "memory.usage_in_bytes")) or 0
     prefix = "" if v2 else "total_"

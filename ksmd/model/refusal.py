@@ -127,7 +127,7 @@ SENTENCES: dict[Reason, str] = {
     Reason.NO_PROFIT: "merging it would cost more memory than it saves",
     Reason.STORE_FULL: "the store could not grow (memory, locked memory, file descriptors)",
     Reason.MEMORY: "not enough memory is free on the host, or below a limit of its memory cgroup"
-    " (memory.max), to give its pages back",
+    " (memory.max, memory.high), to give its pages back",
     Reason.WINDOW_FAILED: "a step of the stop window failed and was undone",
 }
 

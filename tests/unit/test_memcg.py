@@ -14,6 +14,7 @@ from ksmd.kernel.cgroups import Group, groups_of
 from ksmd.model.errors import TargetGoneError
 
 MIB = 1 << 20
+LIMIT_FILES = {True: "memory.max", False: "memory.limit_in_bytes"}
 MOUNTS = b"""\
 24 1 0:22 / /sys rw - sysfs sysfs rw
 30 24 0:26 / /sys/fs/cgroup/unified rw,relatime - cgroup2 cgroup2 rw
@@ -78,7 +79,9 @@ class Tree:
         """Have *pid* stand in the group *path*."""
         self._of[pid] = path
 
-    def group(self, path: str, limit: int | None, taken: int, files: int = 0) -> None:
+    def group(
+        self, path: str, limit: int | None, taken: int, files: int = 0, high: int | None = None
+    ) -> None:
         """Make a group, of bytes."""
         folder = self.top / path
         folder.mkdir(parents=True)
@@ -87,6 +90,8 @@ class Tree:
         none = "max" if self.v2 else "9223372036854771712"
         (folder / names[0]).write_text(f"{none if limit is None else limit}\n")
         (folder / names[1]).write_text(f"{taken}\n")
+        if self.v2:
+            (folder / "memory.high").write_text("max" if high is None else str(high))
         prefix = "" if self.v2 else "total_"
         (folder / "memory.stat").write_text(
             f"anon 7\n{prefix}inactive_file {files // 2}\n{prefix}active_file {files // 2}\n"
@@ -143,6 +148,24 @@ def test_what_processes_of_one_group_need_adds_up(tree):
     assert needed == 301 * MIB
 
 
+def test_where_threads_wait_counts_for_what_is_given_back_and_not_for_merging(
+    tmp_path, monkeypatch
+):
+    tree = Tree(tmp_path, True, monkeypatch)
+    tree.group("a", 640 * MIB, 310 * MIB, high=320 * MIB)
+    tree.put(1, "a")
+    high, hard = memcg.tightest(1), memcg.tightest(1, hard=True)
+    assert high is not None
+    assert hard is not None
+    assert (high.file.name, high.room) == ("memory.high", 5 * MIB)
+    assert (hard.file.name, hard.room) == ("memory.max", 320 * MIB)
+    assert "(memory.high)" in str(high)
+    assert Room().take(1, 6 * MIB) == high
+    assert Room(hard=True).take(1, 6 * MIB) is None
+    ((limit, needed),) = memcg.lacking({1: 6 * MIB})
+    assert (limit, needed) == (high, 6 * MIB)
+
+
 def test_a_full_group_has_no_room_and_says_so(tree):
     tree.group("a", 64 * MIB, 64 * MIB)
     tree.put(1, "a")
@@ -159,16 +182,15 @@ def test_what_a_check_refuses_it_explains(tree):
         check(1, 40 * MIB)
     assert "process 1 takes 40 MiB" in str(caught.value)
     assert "room for 31 MiB below its limit of 64 MiB" in str(caught.value)
-    assert "memory.max" in caught.value.hint
+    assert f"({LIMIT_FILES[tree.v2]})" in str(caught.value)
+    assert caught.value.hint
 
 
 def test_our_own_limit_counts_where_it_is_less_than_the_host_has(tree):
     tree.put(os.getpid(), "a")
     tree.group("a", 64 * MIB, 32 * MIB)
     assert memcg.available() == 31 * MIB
-    (tree.top / "a" / ("memory.max" if tree.v2 else "memory.limit_in_bytes")).write_text(
-        str(1 << 60)
-    )
+    (tree.top / "a" / LIMIT_FILES[tree.v2]).write_text(str(1 << 60))
     assert memcg.available() == pytest.approx(procfs.mem_available(), rel=0.2)
 
 
@@ -178,9 +200,9 @@ def test_room_is_taken_and_asked_for_anew(tree, monkeypatch):
     asked = []
     tightest = memcg.tightest
 
-    def ask(pid: int) -> memcg.Limit | None:
+    def ask(pid: int, *, hard: bool) -> memcg.Limit | None:
         asked.append(pid)
-        return tightest(pid)
+        return tightest(pid, hard=hard)
 
     monkeypatch.setattr(memcg, "tightest", ask)
     now = 100.0
