@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 from actor import Actor
-from harness import PAGE, Daemon, settings_for, store_mappings, until
-
-from ksmd.kernel import cgroups
+from control_groups import ControlGroup, made_group
+from harness import PAGE, Daemon, settings_for, store_mappings
 
 pytestmark = pytest.mark.root
 
@@ -27,62 +24,31 @@ LIMIT = 24 * MIB
 
 
 class MemoryGroup:
-    """A memory cgroup of our own, of whichever version has that controller here."""
+    """A memory cgroup of our own."""
 
-    def __init__(self, folder: Path, v2: bool) -> None:
-        self.folder, self._v2 = folder, v2
+    def __init__(self, group: ControlGroup) -> None:
+        self._group = group
+        self.folder, self.put = group.folder, group.put
 
     def limit(self, nbytes: int) -> None:
         """Have it take no more than *nbytes*."""
-        name = "memory.max" if self._v2 else "memory.limit_in_bytes"
-        (self.folder / name).write_text(str(nbytes))
+        self._group.file("memory.limit_in_bytes", "memory.max").write_text(str(nbytes))
 
     def used(self) -> int:
         """Give the bytes that it has taken."""
-        name = "memory.current" if self._v2 else "memory.usage_in_bytes"
-        return int((self.folder / name).read_text())
+        return int(self._group.file("memory.usage_in_bytes", "memory.current").read_text())
 
     def kills(self) -> int:
         """Tell how often the kernel has killed somebody in it for want of memory."""
-        name = "memory.events" if self._v2 else "memory.oom_control"
-        lines = (line.split() for line in (self.folder / name).read_text().splitlines())
-        return {key: int(value) for key, value in lines}["oom_kill"]
-
-    def put(self, pid: int) -> None:
-        """Move a process into it; what it takes from then on is charged here."""
-        (self.folder / "cgroup.procs").write_text(str(pid))
-
-
-@contextlib.contextmanager
-def made_group(name: str) -> Iterator[MemoryGroup]:
-    for group in cgroups.groups_of(os.getpid(), "memory"):
-        if group.v2 and not (group.top / "memory.stat").exists():
-            continue  # a hybrid host: version 1 has the controller
-        if group.v2:
-            (group.top / "cgroup.subtree_control").write_text("+memory")
-        folder = group.top / f"ksmd-test-{os.getpid()}-{name}"
-        folder.mkdir()
-        break
-    else:
-        pytest.fail("no memory controller is mounted")
-    try:
-        yield MemoryGroup(folder, group.v2)
-    finally:
-        until(lambda: not (folder / "cgroup.procs").read_text(), "the group is empty")
-        until(lambda: _removed(folder), "the group is gone")
-
-
-def _removed(folder: Path) -> bool:
-    with contextlib.suppress(OSError):  # busy for a moment, after its last process has ended
-        folder.rmdir()
-    return not folder.exists()
+        text = self._group.file("memory.oom_control", "memory.events").read_text()
+        return {key: int(value) for key, value in map(str.split, text.splitlines())}["oom_kill"]
 
 
 @pytest.fixture
 def groups() -> Iterator[Callable[[str], MemoryGroup]]:
     """Make groups: ``groups(name)``."""
     with contextlib.ExitStack() as stack:
-        yield lambda name: stack.enter_context(made_group(name))
+        yield lambda name: MemoryGroup(stack.enter_context(made_group("memory", name)))
 
 
 def inside(actors: StartActor, group: MemoryGroup, pages: int = PAGES) -> Actor:

@@ -8,11 +8,12 @@ from __future__ import annotations
 import os
 import resource
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from control_groups import ControlGroup, made_group
 from harness import (
     CROWDED,
     PAGE,
@@ -26,6 +27,7 @@ from harness import (
     state,
     store_mappings,
     target,
+    until,
 )
 
 from ksmd.kernel import procfs
@@ -70,6 +72,33 @@ def test_threads_that_write_elsewhere_are_not_disturbed(victims, daemons, thread
     crowd(pair[0])
     merge_and_give_back(pair, daemons)
     pair[0].await_rounds(threads)
+    check_all(pair)
+
+
+@pytest.fixture
+def short_of_time() -> Iterator[ControlGroup]:
+    """A group whose processes have a fifth of one processor, all together."""
+    with made_group("cpu", "short") as group:
+        if group.v2:
+            (group.folder / "cpu.max").write_text("20000 100000")
+        else:
+            (group.folder / "cpu.cfs_quota_us").write_text("20000")
+        yield group
+
+
+def test_programs_that_are_short_of_processor_time_are_merged(short_of_time, victims, daemons):
+    pair = [victims("writers", threads=2, pages=512), victims(pages=512)]
+    for victim in pair:
+        short_of_time.put(victim.pid)
+    stat = short_of_time.folder / "cpu.stat"
+
+    def throttled() -> int:
+        return {k: int(v) for k, v in map(str.split, stat.read_text().splitlines())}["nr_throttled"]
+
+    before = until(throttled, "its processes are held up")
+    merge_and_give_back(pair, daemons)
+    assert throttled() > before
+    pair[0].await_rounds(2)
     check_all(pair)
 
 
