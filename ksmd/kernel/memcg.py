@@ -96,10 +96,14 @@ def lacking(needs: Mapping[int, int]) -> list[tuple[Limit, int]]:
 
 
 def available() -> int:
-    """Give the bytes of memory that we may take: the host's, or less where a group limits us."""
-    ours = tightest(os.getpid())
-    host = procfs.mem_available()
-    return host if ours is None else min(host, ours.room)
+    """Give the bytes of memory that we may take: the host's, or less where a group limits us.
+
+    Or less where it keeps its promises: who maps the store keeps those that it had, and the store
+    needs its own.
+    """
+    ours, promised = tightest(os.getpid()), procfs.may_be_promised()
+    bounds = [procfs.mem_available(), promised, None if ours is None else ours.room]
+    return min(bound for bound in bounds if bound is not None)
 
 
 def _taken(folder: Path, v2: bool) -> int:

@@ -303,5 +303,22 @@ def boot_id() -> str:
 
 def mem_available() -> int:
     """Give MemAvailable of the host in bytes."""
+    return _memory("MemAvailable")["MemAvailable"]
+
+
+def may_be_promised() -> int | None:
+    """Give the bytes that the host can promise yet (vm.overcommit_memory is 2); None: any number.
+
+    Where they are used up, everybody's mmap fails.
+    """
+    strict = read_file("/proc/sys/vm/overcommit_memory", "vm.overcommit_memory").strip() == b"2"
+    if not strict:
+        return None
+    found = _memory("CommitLimit", "Committed_AS")
+    return max(0, found["CommitLimit"] - found["Committed_AS"])
+
+
+def _memory(*names: str) -> dict[str, int]:
+    """Read fields of /proc/meminfo, in bytes."""
     fields = proctext.parse_fields(read_file("/proc/meminfo", "memory of the host"))
-    return int(fields["MemAvailable"].split()[0]) * 1024
+    return {name: int(fields[name].split()[0]) * 1024 for name in names}

@@ -186,12 +186,15 @@ def test_what_a_check_refuses_it_explains(tree):
     assert caught.value.hint
 
 
-def test_our_own_limit_counts_where_it_is_less_than_the_host_has(tree):
+def test_our_own_limit_counts_where_it_is_less_than_the_host_has(tree, monkeypatch):
     tree.put(os.getpid(), "a")
     tree.group("a", 64 * MIB, 32 * MIB)
     assert memcg.available() == 31 * MIB
     (tree.top / "a" / LIMIT_FILES[tree.v2]).write_text(str(1 << 60))
+    monkeypatch.setattr(procfs, "may_be_promised", lambda: None)
     assert memcg.available() == pytest.approx(procfs.mem_available(), rel=0.2)
+    monkeypatch.setattr(procfs, "may_be_promised", lambda: 3 * MIB)
+    assert memcg.available() == 3 * MIB
 
 
 def test_room_is_taken_and_asked_for_anew(tree, monkeypatch):

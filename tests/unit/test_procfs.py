@@ -307,3 +307,18 @@ def test_only_64_bit_x86_64_programs_are_taken(header: bytes, answer: bool) -> N
 def test_the_host_is_described_in_bytes_and_counts() -> None:
     assert procfs.mem_available() > 1 << 20
     assert risks.max_map_count() > 1000
+
+
+@pytest.mark.parametrize(
+    ("overcommit", "committed", "expected"),
+    [(b"0\n", 900, None), (b"1\n", 900, None), (b"2\n", 900, 100 * 1024), (b"2\n", 1200, 0)],
+)
+def test_a_host_that_keeps_promises_has_so_much_left(monkeypatch, overcommit, committed, expected):
+    files = {
+        "/proc/meminfo": b"MemAvailable: 500 kB\nCommitLimit: 1000 kB\nCommitted_AS: %d kB\n"
+        % committed,
+        "/proc/sys/vm/overcommit_memory": overcommit,
+    }
+    monkeypatch.setattr(procfs, "read_file", lambda path, _what: files[path])
+    assert procfs.mem_available() == 500 * 1024
+    assert procfs.may_be_promised() == expected
