@@ -149,6 +149,8 @@ def of_daemon(socket: Path | str) -> Iterator[Finding]:
     yield from of_limits(
         memcg.lacking({one["pid"]: one["merging_pages"] * PAGE_SIZE for one in status["targets"]})
     )
+    namespaces = {one["pid"]: procfs.namespace(one["pid"], "pid") for one in status["targets"]}
+    yield from of_domains(status["targets"], namespaces)
     yield from of_kernel_ksm(
         ksm.read() or {},
         {one["pid"]: rivals.kernel_ksm_pages(one["pid"]) for one in status["targets"]},
@@ -198,6 +200,25 @@ def of_limits(lacking: Iterable[tuple[memcg.Limit, int]]) -> Iterator[Finding]:
             "raise the limit, or free memory there: its programs may be held up or killed when they"
             " write to what is merged, and ksmd gives none of it back until it fits",
         )
+
+
+def of_domains(
+    targets: Iterable[Mapping[str, Any]], namespaces: Mapping[int, str]
+) -> Iterator[Finding]:
+    """Judge domains that nobody named. *namespaces*: the pid namespace of each target, by pid."""
+    found: dict[str, set[str]] = {}
+    for one in targets:
+        if one["domain"].startswith("uid:") and namespaces.get(one["pid"]):
+            found.setdefault(one["domain"], set()).add(namespaces[one["pid"]])
+    for domain, inside in sorted(found.items()):
+        if len(inside) > 1:
+            yield Finding(
+                "warning",
+                f"processes of {len(inside)} pid namespaces (containers) are in the trust domain"
+                f" {domain}, and may find out what memory the others have",
+                "if they may not know of each other, give them domains of their own (domain: in"
+                " their rules)",
+            )
 
 
 def of_kernel_ksm(values: Mapping[str, int | str], merged: Mapping[int, int]) -> Iterator[Finding]:

@@ -149,6 +149,14 @@ def schedstat(pid: int) -> tuple[int, int]:
     return int(ran), int(waited)
 
 
+def namespace(pid: int, kind: str) -> str:
+    """Name the namespace of *kind* ("pid", "user", ...) that *pid* is in; "" where it is gone."""
+    try:
+        return str(Path(f"/proc/{pid}/ns/{kind}").readlink())
+    except OSError:
+        return ""
+
+
 def children(pid: int) -> list[int]:
     """Give the living children of the first thread of *pid*; none where that cannot be told."""
     try:

@@ -289,7 +289,8 @@ class Target(_Model):
     domain: Name | None = Field(
         default=None,
         description="Trust domain. Pages merge only with pages of the same domain; targets that "
-        "give the same name share one. Not set: one domain for each user id.",
+        "give the same name share one. Not set: one domain for each user id (which containers "
+        "have in common, unless they have user namespaces).",
         examples=["inference"],
     )
     accept_seccomp_risk: bool = Field(

@@ -50,6 +50,20 @@ def test_every_finding_to_act_on_says_what_to_do() -> None:
     assert [one for one in open_(found) if not one.advice] == []
 
 
+def test_containers_that_share_a_domain_nobody_named_are_told_of() -> None:
+    targets = [
+        {"pid": pid, "domain": domain}
+        for pid, domain in ((1, "uid:0"), (2, "uid:0"), (3, "uid:7"), (4, "web"), (5, "web"))
+    ]
+    apart = {1: "pid:[1]", 2: "pid:[2]", 3: "pid:[1]", 4: "pid:[1]", 5: "pid:[2]"}
+    (found,) = doctor.of_domains(targets, apart)
+    assert found.level == "warning"
+    assert "2 pid namespaces (containers) are in the trust domain uid:0" in found.what
+    assert "domain:" in found.advice
+    assert list(doctor.of_domains(targets, apart | {2: "pid:[1]"})) == []
+    assert list(doctor.of_domains(targets, apart | {2: ""})) == []  # it has ended
+
+
 def test_a_needed_feature_is_a_problem_and_another_a_warning() -> None:
     (needed,) = open_(doctor.of_features([feature()]))
     assert (needed.level, needed.code) == ("problem", 4)

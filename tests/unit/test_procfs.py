@@ -304,6 +304,11 @@ def test_only_64_bit_x86_64_programs_are_taken(header: bytes, answer: bool) -> N
     assert risks.is_x86_64_header(header) is answer
 
 
+def test_a_namespace_has_a_name_while_somebody_is_in_it() -> None:
+    assert procfs.namespace(os.getpid(), "pid").startswith("pid:[")
+    assert procfs.namespace(1 << 22, "pid") == ""  # no such pid
+
+
 def test_the_host_is_described_in_bytes_and_counts() -> None:
     assert procfs.mem_available() > 1 << 20
     assert risks.max_map_count() > 1000
