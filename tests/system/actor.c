@@ -123,14 +123,33 @@ static void relay(const char *line)
 	fputs(answer, out);
 }
 
+/* How many bytes of a range are mapped, from its beginning on. */
+static size_t mapped(char *at, size_t size)
+{
+	unsigned char held;
+	size_t n = 0;
+
+	while (n < size && mincore(at + n, PAGE, &held) == 0)
+		n += PAGE;
+	return n;
+}
+
 static void do_move(void)
 {
 	size_t size = (size_t)pages * PAGE;
 	char *to = reserve(size + 2 * PAGE) + PAGE;
+
+	must(munmap(to, size) == 0, "munmap"); /* so that what is mapped there has been moved */
+
 	void *got = mremap((void *)arena, size, size, MREMAP_MAYMOVE | MREMAP_FIXED, to);
 
-	if (got == MAP_FAILED) {
-		fprintf(out, "ok errno=%d\n", errno);
+	if (got == MAP_FAILED) { /* a part may have moved: it is one mapping's, and goes home */
+		int why = errno;
+		size_t moved = mapped(to, size);
+
+		must(!moved || mremap(to, moved, moved, MREMAP_MAYMOVE | MREMAP_FIXED, (void *)arena) ==
+			       (void *)arena, "to move it back");
+		fprintf(out, "ok errno=%d moved=%lu\n", why, moved / PAGE);
 		return;
 	}
 	arena = got;

@@ -10,7 +10,8 @@ dontneed PAGE N    MADV_DONTNEED: ``errno= bad=`` (words that are not zero then)
 advise PAGE N A    madvise with advice A (a number): ``errno=``
 readonly, writable PAGE N   mprotect: ``errno=``
 unmap PAGE N       munmap: ``errno=``; map PAGE N: fresh memory there: ``errno= bad=``
-move               mremap of the whole arena to another place: ``errno= address=``
+move               mremap of the whole arena to another place: ``errno= address=``; where it
+                   fails, ``moved=`` pages had moved by then, and are moved back
 grow N             mremap to N pages more, where it is: ``errno= bad=`` (of the new pages)
 watch PAGE N       register them with a userfaultfd of its own, for a moment: ``errno=``
 fork               a child that lives on: ``pid=``; "child COMMAND" is answered by it
