@@ -169,9 +169,10 @@ static void do_grow(long n)
 	fprintf(out, "ok errno=0 bad=%ld\n", nonzero(pages - n, n));
 }
 
-/* Register pages with a userfaultfd of its own, and give that up again. */
+/* Register pages with a userfaultfd of its own, and take that back for all that there are. */
 static void do_watch(char *at, size_t size)
 {
+	struct uffdio_range all = { (uintptr_t)arena, (uint64_t)pages * PAGE };
 	struct uffdio_api api = { .api = UFFD_API };
 	struct uffdio_register registration = {
 		.range = { (uintptr_t)at, size }, .mode = UFFDIO_REGISTER_MODE_MISSING
@@ -180,7 +181,9 @@ static void do_watch(char *at, size_t size)
 
 	must(fd >= 0 && ioctl(fd, UFFDIO_API, &api) == 0, "userfaultfd");
 	rc = ioctl(fd, UFFDIO_REGISTER, &registration);
-	fprintf(out, "ok errno=%d\n", rc ? errno : 0);
+	fprintf(out, "ok errno=%d ", rc ? errno : 0);
+	rc = ioctl(fd, UFFDIO_UNREGISTER, &all);
+	fprintf(out, "unregister=%d\n", rc ? errno : 0);
 	close(fd);
 }
 

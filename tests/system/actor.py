@@ -13,7 +13,8 @@ unmap PAGE N       munmap: ``errno=``; map PAGE N: fresh memory there: ``errno= 
 move               mremap of the whole arena to another place: ``errno= address=``; where it
                    fails, ``moved=`` pages had moved by then, and are moved back
 grow N             mremap to N pages more, where it is: ``errno= bad=`` (of the new pages)
-watch PAGE N       register them with a userfaultfd of its own, for a moment: ``errno=``
+watch PAGE N       register them with a userfaultfd of its own: ``errno=``; and take that back, for
+                   the whole arena: ``unregister=``
 fork               a child that lives on: ``pid=``; "child COMMAND" is answered by it
 exec               execve of itself: all memory is new (:meth:`Actor.exec`)
 =================  =============================================================================

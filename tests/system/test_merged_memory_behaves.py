@@ -221,11 +221,11 @@ def test_a_userfaultfd_of_its_own_has_to_wait_until_memory_is_given_back(actors,
     daemon = daemons(settings_for(*pair))
     daemon.scan()
     assert store_mappings(pair[0].pid)
-    assert pair[0].ask("watch 0 128") == {"errno": 0}
-    assert pair[0].ask("watch 128 128") == {"errno": errno.EBUSY}
-    assert pair[0].ask("watch 120 16") == {"errno": errno.EBUSY}
+    assert pair[0].ask("watch 0 128") == {"errno": 0, "unregister": errno.EINVAL}
+    assert pair[0].ask("watch 128 128") == {"errno": errno.EBUSY, "unregister": errno.EINVAL}
+    assert pair[0].ask("watch 120 16") == {"errno": errno.EBUSY, "unregister": errno.EINVAL}
     daemon.give_back("--pid", pair[0].pid)
-    assert pair[0].ask("watch 0 256") == {"errno": 0}
+    assert pair[0].ask("watch 0 256") == {"errno": 0, "unregister": 0}
 
 
 def test_merged_memory_may_be_made_read_only_and_stays_so(merged_actors):
