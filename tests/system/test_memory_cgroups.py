@@ -120,7 +120,7 @@ def test_no_window_is_opened_in_a_full_group(groups, actors, daemons):
     group.limit(LIMIT)
     trio = actors(PAGES), actors(PAGES), inside(actors, group)
     before = [actor.ask("sum") for actor in trio]
-    group.limit(group.used() + (600 << 10))
+    group.limit(group.used() + (300 << 10))  # less than any window takes
     daemon = daemons(settings_for(*trio))
     daemon.scan()
     within = trio[2]
