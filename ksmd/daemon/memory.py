@@ -26,11 +26,10 @@ class NotEnoughMemoryError(KsmdError):
 
 def check_host(needed: int) -> None:
     """Raise NotEnoughMemoryError, with figures, where the host has not *needed* bytes to give."""
-    available = procfs.mem_available() - MEMORY_RESERVE
+    available = max(0, procfs.mem_available() - MEMORY_RESERVE)
     if needed > available:
         raise NotEnoughMemoryError(
-            f"unmerging takes {needed >> 20} MiB and only {max(0, available) >> 20} MiB are"
-            " available",
+            f"unmerging takes {needed >> 20} MiB and only {available >> 20} MiB are available",
             "free memory, unmerge single targets (--pid), or stop with on_stop: keep",
         )
 

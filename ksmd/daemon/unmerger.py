@@ -75,8 +75,8 @@ class Unmerger:
         self.check_memory(targets)
         result = UnmergeResult()
         for target in targets:
-            fits = _fits(target)
-            for attempt in range(_TRIES if fits else 0):
+            _refuse_what_does_not_fit(target)
+            for attempt in range(_TRIES):
                 if target.slot not in self._targets.by_slot or not target.mappings:
                     break
                 if target.refused is Reason.MEMORY:
@@ -164,19 +164,16 @@ class Unmerger:
                 yield result
 
 
-def _fits(target: Target) -> bool:
-    """Whether all of a target may come back, as far as its memory cgroups go; else it is refused.
+def _refuse_what_does_not_fit(target: Target) -> None:
+    """Refuse a target of which not all may come back, as far as its memory cgroups go.
 
-    Not a part of it: that would leave the group with no room at all.
+    A part of it would leave the group with no room at all.
     """
-    needed = target.merged_pages * PAGE_SIZE
-    limit = memcg.tightest(target.pid) if needed else None
-    if limit is not None and limit.room < needed:
-        refuse(target, Reason.MEMORY, str(limit))
-        return False
-    if target.refused is Reason.MEMORY:
+    lacking = memcg.lacking({target.pid: target.merged_pages * PAGE_SIZE})
+    if lacking:
+        refuse(target, Reason.MEMORY, str(lacking[0][0]))
+    elif target.refused is Reason.MEMORY:
         target.accepted()
-    return True
 
 
 def _merged_bytes(target: Target, spans: Intervals) -> int:

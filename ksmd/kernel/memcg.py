@@ -84,7 +84,7 @@ def tightest(pid: int, *, hard: bool = False) -> Limit | None:
 def lacking(needs: Mapping[int, int]) -> list[tuple[Limit, int]]:
     """Tell which limits leave no room for what processes need: *needs*, in bytes, by pid.
 
-    Each comes with what is needed below it.
+    Each comes with what is needed below it. Who needs nothing finds room in a group that is full.
     """
     found: dict[Path, Limit] = {}
     needed: Counter[Path] = Counter()
@@ -92,7 +92,7 @@ def lacking(needs: Mapping[int, int]) -> list[tuple[Limit, int]]:
         for one in limits(pid):
             found[one.file] = one
             needed[one.file] += nbytes
-    return [(one, needed[file]) for file, one in found.items() if needed[file] > one.room]
+    return [(one, needed[file]) for file, one in found.items() if needed[file] > max(0, one.room)]
 
 
 def available() -> int:

@@ -174,6 +174,19 @@ def test_a_full_group_has_no_room_and_says_so(tree):
     assert "room for 0 MiB" in str(one)
 
 
+def test_who_needs_nothing_finds_room_in_a_full_group_and_on_a_full_host(tree, monkeypatch):
+    tree.group("a", 64 * MIB, 64 * MIB)
+    tree.put(1, "a")
+    monkeypatch.setattr(procfs, "mem_available", lambda: 0)
+    assert memcg.lacking({1: 0}) == []
+    check(1, 0)
+    with pytest.raises(NotEnoughMemoryError, match="only 0 MiB are available"):
+        check(1, MIB)
+    monkeypatch.setattr(procfs, "mem_available", lambda: 1 << 40)
+    with pytest.raises(NotEnoughMemoryError, match="room for 0 MiB"):
+        check(1, MIB)
+
+
 def test_what_a_check_refuses_it_explains(tree):
     tree.group("a", 64 * MIB, 32 * MIB)
     tree.put(1, "a")
