@@ -22,6 +22,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any, Final, NoReturn
 
@@ -36,7 +37,7 @@ from ksmd.remap.alive import AliveWord
 from ksmd.remap.borrowed import Contexts, Outcome, StubLostError
 from ksmd.remap.session import Session
 from ksmd.remap.stop import DeadlineError, LateError, RefusedError, Stopped
-from ksmd.remap.wire import EXIT_STUB_LATE, EXIT_UNSTOPPABLE
+from ksmd.remap.wire import EXIT_ORPHANED, EXIT_STUB_LATE, EXIT_UNSTOPPABLE
 
 #: How long a stub may take, in seconds. Two orders above the longest window measured.
 _STUB_SECONDS: Final = 2.0
@@ -55,6 +56,32 @@ def _alarm(_number: int, _frame: FrameType | None) -> None:
 
 def _arm(seconds: float) -> None:
     signal.setitimer(signal.ITIMER_REAL, seconds)
+
+
+def _end_with_the_daemon(number: int = signal.SIGKILL) -> None:
+    """Have the kernel end us when the daemon's main thread has ended; not any more with 0.
+
+    One that hangs (SIGSTOP, a frozen cgroup) when the daemon ends would keep its target stopped,
+    and might carry out much later, for nobody, what it was asked for.
+    """
+    libc.prctl(_PR_SET_PDEATHSIG, number)
+
+
+@contextlib.contextmanager
+def _outliving_the_daemon() -> Iterator[None]:
+    """Go on while the daemon ends, and end after it: for as long as a stop takes.
+
+    A thread that was stopped, and not looked at yet, may stand in a call that answers EINTR to that
+    (see stop.py). After that nothing has to be mended any more.
+    """
+    daemon = os.getppid()
+    _end_with_the_daemon(0)
+    try:
+        yield
+    finally:
+        _end_with_the_daemon()
+        if os.getppid() != daemon:
+            os._exit(EXIT_ORPHANED)
 
 
 class Tracer:
@@ -113,13 +140,14 @@ class Tracer:
             raise RefusedError(Reason.UNSTOPPABLE, "its code cannot be read in time") from None
         batch = wire.Batch(payload)
         seconds = header["deadline_ms"] / 1000
-        _arm(seconds + _GRACE_SECONDS)
-        try:
-            session = Session(target, time.monotonic() + seconds)
-        except LateError as error:
-            self._let_go(error.stopped)
-        except DeadlineError:
-            self._give_up()
+        with _outliving_the_daemon():
+            _arm(seconds + _GRACE_SECONDS)
+            try:
+                session = Session(target, time.monotonic() + seconds)
+            except LateError as error:
+                self._let_go(error.stopped)
+            except DeadlineError:
+                self._give_up()
         try:
             _arm(_STUB_SECONDS)
             with session:
@@ -220,9 +248,7 @@ def main(arguments: list[str]) -> int:
     signal.signal(signal.SIGALRM, _alarm)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, it would not tell of stops (stop.py)
     libc.set_name("ksmd-tracer")
-    # One that hangs (SIGSTOP, a frozen cgroup) when the daemon ends would keep its target stopped,
-    # and might carry out much later, for nobody, what it was asked for.
-    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    _end_with_the_daemon()
     with contextlib.suppress(KsmdError):  # without CAP_SYS_RESOURCE: stubs survive our death
         risks.set_oom_score_adj(os.getpid(), -900)
     libc.trim_heap()  # start-up has left some lying

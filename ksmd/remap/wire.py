@@ -18,6 +18,8 @@ from ksmd.model.window import Op
 EXIT_UNSTOPPABLE: Final = 10
 #: Exit status of a tracer: the stub did not end in time. It goes on and leaves by itself.
 EXIT_STUB_LATE: Final = 11
+#: Exit status of a tracer: the daemon ended while it stopped a target, which it has let go.
+EXIT_ORPHANED: Final = 12
 
 #: Bits of a record's flags beside advice: it is left out; and from where on the number of a mapping
 #: is written, from 1 on: of those that are tried for flags, or whose zero pages are dropped.

@@ -13,8 +13,11 @@ import contextlib
 import mmap
 import os
 import random
+import select
 import signal
 import struct
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -35,6 +38,7 @@ from remap_lab import (
     says,
     scratch_left,
 )
+from victims import Victim
 
 from ksmd.kernel import procfs
 from ksmd.model.errors import TargetGoneError
@@ -207,6 +211,48 @@ def test_target_endures_the_death_of_its_tracer_at_every_ptrace_request(
     endurer.arena_is_right()
     print(f"\n{endurer.figures()}")
     assert endurer.tally["kills"] > 20, "the window made fewer requests than it can"
+
+
+#: A daemon that does nothing but stop somebody, over and over.
+STOPPER = """
+import os, sys
+from ksmd.kernel import procfs
+from ksmd.remap.engine import Engine, RefusedTargetError
+engine, target = Engine(), procfs.target_id(int(sys.argv[1]))
+engine.begin()
+engine.start()
+print(engine.pid, flush=True)
+while True:
+    try:
+        engine.check(target, 500)
+    except RefusedTargetError:
+        pass
+"""
+
+
+def test_the_death_of_the_daemon_leaves_its_tracer_time_to_mend_who_has_stopped() -> None:
+    """The tracer ends with it, but not between a thread's stop and its mending: that is EINTR."""
+    chance = random.Random(1)
+    stops = 0
+    with Victim("epoll", threads=30, pages=16) as victim:
+        for _ in range(15):
+            with subprocess.Popen(
+                [sys.executable, "-P", "-c", STOPPER, str(victim.pid)],
+                stdout=subprocess.PIPE,
+                text=True,
+            ) as daemon:
+                assert daemon.stdout is not None
+                tracer = os.pidfd_open(int(daemon.stdout.readline()))
+                time.sleep(0.02 + chance.uniform(0, 0.02))
+                stops += procfs.status_fields(victim.pid)["TracerPid"] != "0"
+                daemon.kill()
+                assert select.select([tracer], [], [], 10)[0], "the tracer outlives the daemon"
+                os.close(tracer)
+            assert procfs.status_fields(victim.pid)["TracerPid"] == "0"
+        errors = victim.errors()
+    print(f"\n15 kills, {stops} of them in a stop; {errors}")
+    assert not errors
+    assert stops > 3
 
 
 def _frozen_in_a_window(endurer: Endurer) -> int:
