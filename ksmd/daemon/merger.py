@@ -10,7 +10,8 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from ksmd.core.focus import focus
 from ksmd.core.planner import PlanLimits, make_plan
 from ksmd.core.scope import Scope, within
+from ksmd.core.sets import distinct
 from ksmd.core.windows import Ground, Records, merge_records, zero_records
 from ksmd.daemon.confirm import (
     Company,
@@ -31,7 +33,7 @@ from ksmd.daemon.hugepages import huge_blocks, split_cut
 from ksmd.daemon.journal import fields
 from ksmd.daemon.state import Domain, Target
 from ksmd.daemon.targets import Targets
-from ksmd.daemon.windows import Asked, MergeResult, Windows, is_asked
+from ksmd.daemon.windows import Asked, MergeResult, Windows, Work, is_asked
 from ksmd.kernel import memcg, risks
 from ksmd.model.errors import KsmdError, TargetGoneError
 from ksmd.model.plan import ExtentPlan, Plan
@@ -42,12 +44,16 @@ from ksmd.settings.values import Settings
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 #: Processors that a stop needs: the tracer its own, and the threads that stop another.
 _PROCESSORS_OF_A_STOP = 2
 #: Runs of zero pages in a window: they take no mappings, but a price that is wrong tells by then.
 _ZERO_RUNS = 2000
 #: Pages that one fault brings in at once: where windows may cut a run that has no huge pages.
 _GRAIN = 16
+#: Targets that have a window each before the main loop looks at its sockets again.
+_TOGETHER = 8
 #: Pages of an extent for scattered pages, at the most, and the part of free memory that it may be.
 _SCATTERED_PAGES, _SCATTERED_SHARE = 65536, 16
 
@@ -195,22 +201,27 @@ class Merger:
         asked: Asked,
         result: MergeResult,
     ) -> Iterator[MergeResult]:
-        """Have an extent mapped by one after the other.
+        """Have an extent mapped by all its users, some at a time.
 
-        First those of whom something was foretold: where that turns out wrong, and the extent is
+        First by one of whom something was foretold: where that turns out wrong, and the extent is
         *new*, nobody else is stopped to map pages alone.
         """
-        users = sorted(users, key=lambda user: not domain.foretold(user[0], user[2]).any())
+        users = sorted(users, key=lambda user: not _is_foretold(domain, user))
         company: Company | None = None  # once somebody has failed
-        for target, ground, records in users:
-            wanted = records if company is None else company.of(records, result.refused)
-            carried = yield from self._open_windows(
-                domain, target, ground, extent, wanted, asked, result
-            )
-            # who is refused as a whole is to be known by name, and so is everybody after him
-            if new and target.refused is None and sum(map(len, carried)) < len(records):
-                company = company or Company(users, extent)
-                company.lose(records, carried)
+        for turn in _turns(users, alone=new and bool(users) and _is_foretold(domain, users[0])):
+            wanted = turn
+            if company is not None:
+                wanted = [(t, ground, company.of(r, result.refused)) for t, ground, r in turn]
+            works = [
+                self._open_windows(domain, target, ground, extent, records, asked, result)
+                for target, ground, records in wanted
+            ]
+            done = yield from self._windows.side_by_side(works, result, self._meanwhile)
+            for (target, _, records), carried in zip(turn, done, strict=True):
+                # who is refused as a whole is to be known by name, and so is everybody after him
+                if new and target.refused is None and sum(map(len, carried)) < len(records):
+                    company = company or Company(users, extent)
+                    company.lose(records, carried)
 
     def _meanwhile(self) -> None:
         """While a window is at work: go on with the next extent, if a processor is free for that.
@@ -224,14 +235,19 @@ class Merger:
     def _drop_zeros(
         self, domain: Domain, plan: Plan, look: SecondLook, asked: Asked, result: MergeResult
     ) -> Iterator[MergeResult]:
-        for target in self._of(domain):
-            zeros = plan.zeros[plan.zeros["target"] == target.slot]
-            if len(zeros):
+        of_slot = {target.slot: target for target in self._of(domain)}
+        slots = distinct(plan.zeros["target"]).tolist()
+        for turn in _turns([of_slot[slot] for slot in slots if slot in of_slot]):
+            works = []
+            for target in turn:
+                zeros = plan.zeros[plan.zeros["target"] == target.slot]
                 records = zero_records(zeros, target.ground, self._settings.window.max_pages)
                 records = look.at(target, records, asked=is_asked(target, asked))
-                yield from self._open_windows(
-                    domain, target, target.ground, None, records, asked, result
+                ground = target.ground
+                works.append(
+                    self._open_windows(domain, target, ground, None, records, asked, result)
                 )
+            yield from self._windows.side_by_side(works, result, self._meanwhile)
 
     def _users(
         self,
@@ -270,7 +286,7 @@ class Merger:
         records: Records,
         asked: Asked,
         result: MergeResult,
-    ) -> Generator[MergeResult, None, list[Records]]:
+    ) -> Work[list[Records]]:
         """Carry *records* out, within what may be; gives those that were."""
         carried: list[Records] = []
         if not len(records) or target.slot not in self._targets.by_slot:
@@ -292,12 +308,12 @@ class Merger:
                 if not len(batch):
                     continue
                 split_cut(target, batch, huge)
-                done = self._windows.attempt(target, extent, batch, asked, result, self._meanwhile)
+                done = yield from self._windows.attempt(target, extent, batch, asked, result)
                 if done is not None and done.refused is Reason.MEMORY:
                     break  # and will be a moment later
                 if done is not None:
                     carried.append(self._windows.account(domain, target, done, result))
-                yield result
+                yield None
         except TargetGoneError:
             self._targets.drop(target)
         finally:
@@ -336,6 +352,19 @@ class Merger:
                 at += length
         except TargetGoneError:  # nobody is dropped in the middle of somebody's window
             return
+
+
+def _is_foretold(domain: Domain, user: User) -> bool:
+    target, _, records = user
+    return bool(domain.foretold(target, records).any())
+
+
+def _turns(them: Sequence[T], *, alone: bool = False) -> Iterator[Sequence[T]]:
+    """Give *them* so many at a time as may have their windows together; the first one *alone*."""
+    if alone:
+        yield them[:1]
+    for at in range(int(alone), len(them), _TOGETHER):
+        yield them[at : at + _TOGETHER]
 
 
 def _scattered_pages() -> int:

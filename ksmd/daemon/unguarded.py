@@ -43,7 +43,7 @@ from ksmd.model.units import PAGE_SHIFT
 from ksmd.model.vma import Vma
 from ksmd.model.vmas import Vmas
 from ksmd.model.window import Op, WindowRequest
-from ksmd.remap.engine import Engine, RefusedTargetError
+from ksmd.remap.engine import Engine, Order, RefusedTargetError
 
 log = logging.getLogger(__name__)
 
@@ -144,7 +144,7 @@ class Rescue:
                 records, window.max_runs, window.max_pages, price, window.stop_ms
             ):
                 request = WindowRequest(one.process, batch, inode, window.deadline_ms)
-                done = self._engine.window(request, None)
+                done = self._engine.window(Order(request, None))
                 if done.refused is Reason.GONE:
                     raise TargetGoneError(f"process {one.process.pid} is gone")
                 if done.refused is not None:

@@ -10,8 +10,9 @@ import contextlib
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -27,7 +28,7 @@ from ksmd.kernel.memcg import Limit
 from ksmd.model.refusal import Reason
 from ksmd.model.units import PAGE_SHIFT
 from ksmd.model.window import Op, WindowRequest, WindowResult
-from ksmd.remap.engine import Engine, RefusedTargetError
+from ksmd.remap.engine import Engine, Order, RefusedTargetError
 from ksmd.remap.store import Extent
 
 #: Operations that map the store.
@@ -70,12 +71,38 @@ def is_asked(target: Target, asked: Asked) -> bool:
     return asked if isinstance(asked, bool) else target.slot in asked
 
 
+class Opening(NamedTuple):
+    """A window that may be opened now, of records that come from one extent, or from none."""
+
+    target: Target
+    records: Records
+    extent: Extent | None
+
+    def order(self, deadline_ms: float) -> Order:
+        """Say what the tracer is to do."""
+        target, extent = self.target, self.extent
+        request = WindowRequest(
+            target.id,
+            self.records,
+            extent.map.inode if extent is not None else 0,
+            deadline_ms=deadline_ms,
+            accept_seccomp_risk=target.selected.accept_seccomp_risk,
+        )
+        return Order(request, target.contexts, extent.map.fd_ro if extent is not None else -1)
+
+
+T = TypeVar("T")
+#: Work on one target. It gives each window that is to be opened and gets what became of it, and
+#: gives None between two windows, when all that was done is accounted for.
+Work = Generator[Opening | None, WindowResult | None, T]
+
+
 def _nothing() -> None:
     """Do nothing meanwhile."""
 
 
 class Windows:
-    """Opens stop windows, one at a time. One for the whole daemon."""
+    """Opens stop windows, one after the other. One for the whole daemon."""
 
     def __init__(self, targets: Targets, engine: Engine, pager: Pager) -> None:
         self._targets = targets
@@ -132,8 +159,7 @@ class Windows:
         records: Records,
         asked: Asked,
         result: MergeResult,
-        meanwhile: Callable[[], None] = _nothing,
-    ) -> WindowResult | None:
+    ) -> Work[WindowResult | None]:
         """Open one stop window, and again where its moment was bad and somebody waits.
 
         None where there could be none. TargetGoneError.
@@ -141,11 +167,11 @@ class Windows:
         if not self._ready(target, asked):
             result.postponed += target.refused in _MOMENTARY
             return None
-        done = self.open(target, records, extent, meanwhile)
+        done = yield from self._open(target, records, extent)
         for _ in range(_RETRIES if is_asked(target, asked) else 0):
             if done.refused not in _MOMENTARY:
                 break
-            done = self.open(target, records, extent, meanwhile)
+            done = yield from self._open(target, records, extent)
         result.windows += 1
         result.postponed += done.refused in _MOMENTARY
         return done
@@ -157,36 +183,68 @@ class Windows:
                 break
         return target.contexts is not None
 
-    def open(
-        self,
-        target: Target,
-        records: Records,
-        extent: Extent | None,
-        meanwhile: Callable[[], None] = _nothing,
-    ) -> WindowResult:
-        """Open one stop window: the pager hears of the ranges before it and after it."""
-        assert target.contexts is not None
-        if (full := _full_group(target, records)) is not None:
-            refuse(target, Reason.MEMORY, str(full))
-            return WindowResult(target.id, records, refused=Reason.MEMORY, detail=str(full))
-        request = WindowRequest(
-            target.id,
-            records,
-            extent.map.inode if extent is not None else 0,
-            deadline_ms=self._deadline_ms(target),
-            accept_seccomp_risk=target.selected.accept_seccomp_risk,
-        )
-        left_over = target.slot in self._pager.unsettled
-        announce(self._pager, target.slot, records)
-        done = self._engine.window(
-            request,
-            target.contexts,
-            extent.map.fd_ro if extent is not None else -1,
-            meanwhile=meanwhile,
-        )
+    def open(self, target: Target, records: Records, extent: Extent | None) -> WindowResult:
+        """Open one stop window, of one target alone, unless there is no memory for it."""
+        if (refused := _without_room(target, records)) is not None:
+            return refused
+        return self._carry_out([Opening(target, records, extent)])[0]
+
+    def _open(self, target: Target, records: Records, extent: Extent | None) -> Work[WindowResult]:
+        """Do the same, beside others."""
+        if (refused := _without_room(target, records)) is not None:
+            return refused
+        done = yield Opening(target, records, extent)
+        assert done is not None
+        return done
+
+    def side_by_side(
+        self, works: Sequence[Work[T]], result: MergeResult, meanwhile: Callable[[], None]
+    ) -> Generator[MergeResult, None, list[T]]:
+        """Do *works*, each on another target, a window of each at a time; gives what each gives.
+
+        It gives *result* after each round.
+
+        So each step, here, in the pager and in the tracer, is done for all while its code and data
+        are at hand: to fetch them anew for each window takes longer than what they do.
+        """
+        gave: dict[int, T] = {}
+        try:
+            while len(gave) < len(works):
+                told: dict[int, WindowResult | None]
+                told = {at: None for at in range(len(works)) if at not in gave}
+                while told:
+                    openings = _advance(works, told, gave)
+                    results = self._carry_out([*openings.values()], meanwhile)
+                    told = dict(zip(openings, results, strict=True))
+                yield result
+        finally:
+            for work in works:
+                work.close()
+        return [gave[at] for at in range(len(works))]
+
+    def _carry_out(
+        self, openings: Sequence[Opening], meanwhile: Callable[[], None] = _nothing
+    ) -> list[WindowResult]:
+        """Open windows: the pager hears of their ranges before the first and after the last."""
+        if not openings:
+            return []
+        left_over = set(self._pager.unsettled)
+        announce(self._pager, {one.target.slot: one.records for one in openings})
+        orders = [opening.order(self._deadline_ms(opening.target)) for opening in openings]
+        results = self._engine.windows(orders, meanwhile)
         # what a window left whose tracer died is settled by the next one that finds no stub at work
-        if done.refused is None or not (done.lost or left_over):
-            self._pager.settle_all(target.slot)
+        over = [
+            opening.target.slot
+            for opening, done in zip(openings, results, strict=True)
+            if done.refused is None or not (done.lost or opening.target.slot in left_over)
+        ]
+        self._pager.settle_all(*over)
+        for opening, done in zip(openings, results, strict=True):
+            self._take_note(opening.target, opening.records, done)
+        return results
+
+    def _take_note(self, target: Target, records: Records, done: WindowResult) -> None:
+        """Learn from what became of a window."""
         if done.lost:  # a stub that is at work may have guarded what is read next
             target.memory.may_pin = False
         target.last_window, target.recount_at = time.monotonic(), 0.0
@@ -200,7 +258,6 @@ class Windows:
             target.stops.add(done.total_us / 1000)
             self.stops.add(done.total_us / 1000)
             self._learn(target, records, done)
-        return done
 
     def account(
         self, domain: Domain, target: Target, done: WindowResult, result: MergeResult
@@ -286,6 +343,33 @@ class Windows:
         target.contexts = None
 
 
+def _advance(
+    works: Sequence[Work[T]], told: dict[int, WindowResult | None], gave: dict[int, T]
+) -> dict[int, Opening]:
+    """Tell works, by their places, what became of their windows; give what each wants opened now.
+
+    What those give that are over goes into *gave*.
+    """
+    openings = {}
+    for at, done in told.items():
+        try:
+            opening = works[at].send(done)
+        except StopIteration as end:
+            gave[at] = end.value
+        else:
+            if opening is not None:
+                openings[at] = opening
+    return openings
+
+
+def _without_room(target: Target, records: Records) -> WindowResult | None:
+    """Refuse a window, and its target, for which there is no memory in the target's cgroups."""
+    if (full := _full_group(target, records)) is None:
+        return None
+    refuse(target, Reason.MEMORY, str(full))
+    return WindowResult(target.id, records, refused=Reason.MEMORY, detail=str(full))
+
+
 def _full_group(target: Target, records: Records) -> Limit | None:
     """Give the memory cgroup of the target that has no room for what a window takes."""
     if int(records["op"][0]) != Op.UNMERGE:
@@ -293,15 +377,15 @@ def _full_group(target: Target, records: Records) -> Limit | None:
     return target.room.take(target.pid, _ASIDE + int(records["length"].sum()))
 
 
-def announce(pager: Pager, slot: int, records: Records) -> None:
-    """Tell the pager of a window before it is opened.
+def announce(pager: Pager, windows: dict[int, Records]) -> None:
+    """Tell the pager of windows, by the slots of their targets, before they are opened.
 
-    Until the window is over, children are filled from the store where it maps the store. Not where
+    Until a window is over, children are filled from the store where it maps the store. Not where
     pages are given back: fork copies that memory anyway, and what the program has dropped of it
     would come back to life in the child.
     """
-    op = records["op"].item(0) if len(records) else None  # of one kind, and so are all
-    if op in _MAPPING:
-        pager.extend(slot, spans(records))
-    elif op == Op.UNMERGE:
-        pager.begin_unmerge(slot)
+    ops = {slot: records["op"].item(0) for slot, records in windows.items() if len(records)}
+    pager.extend({slot: spans(windows[slot]) for slot, op in ops.items() if op in _MAPPING})
+    for slot, op in ops.items():
+        if op == Op.UNMERGE:
+            pager.begin_unmerge(slot)

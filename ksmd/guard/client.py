@@ -377,38 +377,41 @@ class Pager:
         held = self._holds.targets.items()
         return [target for target, one in held if one.owed or one.unmerging]
 
-    def extend(self, target: int, ranges: Ranges) -> None:
-        """Announce ranges before the stop window that merges them."""
-        ranges = list(ranges)
-        self._holds.announce(target, ranges)
-        self._send_ranges("extend", target, ranges)
+    def extend(self, announced: dict[int, Ranges]) -> None:
+        """Announce ranges, by their targets, before the stop windows that merge them."""
+        listed = {target: list(ranges) for target, ranges in announced.items()}
+        for target, ranges in listed.items():
+            self._holds.announce(target, ranges)
+        self._send_ranges("extend", listed)
 
     def begin_unmerge(self, target: int) -> None:
         """Note that a window gives pages back. The pager serves on as before."""
         self._holds.targets[target].unmerging = True
 
-    def settle(self, target: int, ranges: Ranges) -> None:
-        """Confirm ranges after the stop window: populated, and each VMA had its CONTINUE.
+    def settle(self, over: dict[int, Ranges]) -> None:
+        """Confirm ranges, by their targets, after the stop windows: populated, CONTINUE called.
 
         From then on fork copies them, and no ledger is needed to serve a child. Until then a child
         is filled from the store, which cannot see drops without an event (MADV_GUARD_INSTALL), nor
         drops that another pager saw.
         """
-        ranges = list(ranges)
-        self._holds.settle(target, ranges)
+        listed = {target: list(ranges) for target, ranges in over.items()}
+        for target, ranges in listed.items():
+            self._holds.settle(target, ranges)
         with contextlib.suppress(PagerGoneError):
-            self._send_ranges("settle", target, ranges)
+            self._send_ranges("settle", listed)
 
-    def settle_all(self, target: int) -> None:
-        """Settle whatever is announced: nothing is under way in the target any more.
+    def settle_all(self, *targets: int) -> None:
+        """Settle whatever is announced: nothing is under way in the targets any more.
 
         What of it was not merged after all needs no record either.
         """
-        held = self._holds.targets.get(target)
-        if held is not None:
-            held.unmerging = False
-            if held.owed:
-                self.settle(target, _EVERYTHING)
+        owed = []
+        for target in targets:
+            if (held := self._holds.targets.get(target)) is not None:
+                held.unmerging = False
+                owed += [target] if held.owed else []
+        self.settle(dict.fromkeys(owed, _EVERYTHING))
 
     def keep(self, extent: KeptExtent) -> None:
         """Have the pager hold an extent in place, so that our death does not move it."""
@@ -470,11 +473,16 @@ class Pager:
         first, rest = ranges[:CHUNK], ranges[CHUNK:]
         header = {"do": "guard", "id": target, "ranges": first, "about": held.about}
         self._ask(header, *held.fds)
-        self._send_ranges("extend", target, rest)
+        self._send_ranges("extend", {target: rest})
 
-    def _send_ranges(self, verb: str, target: int, ranges: list[tuple[int, int]]) -> None:
-        for index in range(0, len(ranges), CHUNK):
-            self._ask({"do": verb, "id": target, "ranges": ranges[index : index + CHUNK]})
+    def _send_ranges(self, verb: str, listed: dict[int, list[tuple[int, int]]]) -> None:
+        self._line.ask_all(
+            [
+                {"do": verb, "id": target, "ranges": ranges[index : index + CHUNK]}
+                for target, ranges in listed.items()
+                for index in range(0, len(ranges), CHUNK)
+            ]
+        )
 
     def _ask(self, header: dict[str, Any], *fds: int) -> dict[str, Any]:
         return self._line.ask(header, *fds)

@@ -101,18 +101,27 @@ class Line:
 
     def ask(self, header: dict[str, Any], *fds: int) -> dict[str, Any]:
         """Send a message and give its answer; news that come before it are taken."""
+        return self.ask_all([header], *fds)[0]
+
+    def ask_all(self, headers: list[dict[str, Any]], *fds: int) -> list[dict[str, Any]]:
+        """Send messages, each with *fds*, before their answers are waited for.
+
+        PagerRefusedError where it refuses any of them; it has done the others.
+        """
         patience = self.patience()
         try:
-            patience.send(self._channel(), header, fds=fds)
+            for header in headers:
+                patience.send(self._channel(), header, fds=fds)
         except (channel.PeerGoneError, TimeoutError) as error:
             raise PagerGoneError("its channel is closed or full") from error
-        while True:
-            answer = self.receive(patience)
-            if "ok" in answer:
-                break
-        if not answer["ok"]:
-            raise PagerRefusedError(f"the pager refuses {header['do']}: {answer['error']}")
-        return answer
+        answers: list[dict[str, Any]] = []
+        while len(answers) < len(headers):
+            if "ok" in (answer := self.receive(patience)):
+                answers.append(answer)
+        for header, answer in zip(headers, answers, strict=True):
+            if not answer["ok"]:
+                raise PagerRefusedError(f"the pager refuses {header['do']}: {answer['error']}")
+        return answers
 
     def _channel(self) -> socket.socket:
         if self.end is None:

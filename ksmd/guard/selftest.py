@@ -87,7 +87,7 @@ def _serve(pager: Pager, verb: str, ranges: list[tuple[int, int]], fds: list[int
     if verb == "guard":
         pager.guard(_TARGET, fds[0], ranges)
     else:
-        pager.settle(_TARGET, ranges)
+        pager.settle({_TARGET: ranges})
     for fd in fds:
         os.close(fd)
 

@@ -7,9 +7,9 @@ import errno
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +39,25 @@ class TargetContexts:
 
     guard: int
     track: int
+
+
+class Order(NamedTuple):
+    """A window to carry out; ``store`` is the extent's read-only descriptor.
+
+    Its records are of one kind. Without ``contexts`` it can only unmerge, where nobody guards what
+    is merged. ``fail`` is (step, errno, record), for tests.
+    """
+
+    request: WindowRequest
+    contexts: TargetContexts | None
+    store: int = -1
+    fail: tuple[int, int, int] = (0, 0, 0)
+
+    @property
+    def fds(self) -> tuple[int, ...]:
+        """What the tracer is handed."""
+        held = () if self.contexts is None else (self.contexts.track, self.contexts.guard)
+        return (*held, self.store) if self.store >= 0 else held
 
 
 class RefusedTargetError(Exception):
@@ -108,33 +127,43 @@ class Engine:
             self._process = None
         self._awaited = False
 
-    def _ask(
+    def _exchange(
         self,
         header: dict[str, Any],
         payload: bytes = b"",
         fds: tuple[int, ...] = (),
         meanwhile: Callable[[], None] = _nothing,
     ) -> tuple[dict[str, Any], bytes, list[int]]:
-        """Send one request; a refusal of the target is raised as RefusedTargetError."""
+        """Send one request and give its answer; PeerGoneError or TimeoutError for a lost tracer."""
         if self._process is None or self._process.poll() is not None:
             self.start()
         patience = Patience(_REPLY_SECONDS, self.pid)
+        patience.send(self._ours, header, payload, fds)
         try:
-            patience.send(self._ours, header, payload, fds)
-            try:
+            for _ in header.get("windows", ()):
                 meanwhile()
-            finally:  # whatever comes of that, the answer is this request's
-                reply, data, out = patience.receive(self._ours)
+        finally:  # whatever comes of that, the answer is this request's
+            answer = patience.receive(self._ours)
+        return answer
+
+    def _ask(self, header: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
+        """Send one request; a refusal of the target is raised as RefusedTargetError."""
+        try:
+            reply, _, out = self._exchange(header)
         except (channel.PeerGoneError, TimeoutError):
             raise self._lost() from None
         if "leaving" in reply:
-            error = self._lost()
-            for fd in out:
-                os.close(fd)
-            raise error
+            raise self._left(out)
         if "refused" in reply:
             raise RefusedTargetError(Reason(reply["refused"]), reply["detail"])
-        return reply, data, out
+        return reply, out
+
+    def _left(self, out: list[int]) -> RefusedTargetError:
+        """See a tracer off that has left us its fuse: its end must not wait for that."""
+        error = self._lost()
+        for fd in out:
+            os.close(fd)
+        return error
 
     def _lost(self) -> RefusedTargetError:
         """Explain the end of a tracer. Its targets have been let go by the kernel."""
@@ -162,7 +191,7 @@ class Engine:
     ) -> list[list[list[tuple[int, int, int, int]]]]:
         """Give the classic BPF programs of every thread that has some; one stop, no change."""
         header = self._header("inspect", target, deadline_ms)
-        reply, _, _ = self._ask(header)
+        reply, _ = self._ask(header)
         return [
             [[(c, t, f, k) for c, t, f, k in program] for program in programs]
             for programs in reply["filters"]
@@ -170,7 +199,7 @@ class Engine:
 
     def setup(self, target: TargetId, deadline_ms: float) -> TargetContexts:
         """Make the two contexts of *target*: one stop. They are ours to close."""
-        _, _, (guard, track) = self._ask(self._header("setup", target, deadline_ms))
+        _, (guard, track) = self._ask(self._header("setup", target, deadline_ms))
         try:
             userfaultfd.api(guard, userfaultfd.GUARD_FEATURES)
             userfaultfd.api(track, userfaultfd.TRACK_FEATURES)
@@ -180,61 +209,65 @@ class Engine:
             raise RefusedTargetError(Reason.NO_GUARD, f"UFFDIO_API: {error.strerror}") from error
         return TargetContexts(guard, track)
 
-    def window(
-        self,
-        request: WindowRequest,
-        contexts: TargetContexts | None,
-        store: int = -1,
-        *,
-        fail: tuple[int, int, int] = (0, 0, 0),
-        meanwhile: Callable[[], None] = _nothing,
-    ) -> WindowResult:
-        """Carry out one stop window. *store* is the extent's read-only descriptor.
+    def window(self, order: Order) -> WindowResult:
+        """Carry out one stop window."""
+        return self.windows([order])[0]
 
-        Its records are of one kind. Without *contexts* it can only unmerge, where nobody guards
-        what is merged. *meanwhile* is called while the tracer is at work, which does not wait.
+    def windows(
+        self, orders: Sequence[Order], meanwhile: Callable[[], None] = _nothing
+    ) -> list[WindowResult]:
+        """Carry out stop windows one after the other, each of another target.
+
+        *meanwhile* is called as often as there are some, while the tracer is at work, which does
+        not wait for it.
         """
-        header = self._header("window", request.target, request.deadline_ms)
-        header |= {"inode": request.extent_inode}
-        fds = [] if contexts is None else [contexts.track, contexts.guard]
-        fds += [store] if store >= 0 else []
-        records = request.records
-        order, packed = _packed(records)
-        if fail[0]:
-            header["fail"] = (*fail[:2], int(np.flatnonzero(order == fail[2])[0]))
+        results: list[WindowResult] = []
+        while len(results) < len(orders):  # where a tracer leaves, the next one does the rest
+            results += self._windows(orders[len(results) :], meanwhile)
+        return results
+
+    def _windows(
+        self, orders: Sequence[Order], meanwhile: Callable[[], None]
+    ) -> list[WindowResult]:
+        """Have a tracer carry *orders* out: all, or up to the one by which it ended."""
+        packed = [_packed(order.request.records) for order in orders]
+        payload = b"".join(records.tobytes() for _, records in packed)
+        headers = [
+            self._window_header(order, places)
+            for order, (places, _) in zip(orders, packed, strict=True)
+        ]
+        fds = tuple(fd for order in orders for fd in order.fds)
+        error: RefusedTargetError | None = None
         try:
-            reply, data, _ = self._ask(header, packed.tobytes(), tuple(fds), meanwhile)
-        except RefusedTargetError as error:
-            return WindowResult(
-                request.target,
-                records,
-                refused=error.reason,
-                detail=error.detail,
-                lost=error.lost,
+            answer, data, out = self._exchange(
+                {"do": "windows", "windows": headers}, payload, fds, meanwhile
             )
-        results = np.empty(len(records), RESULT)
-        found = np.frombuffer(data, STUB_RECORD)
-        for name in ("result", "stage"):  # one by one is faster than both as a structure
-            results[name][order] = found[name]
-        done = (results["result"] == 0) & (results["stage"] == stub.STAGE_DONE)
-        dropped = {int(order[int(at)]): Reason(reason) for at, reason in reply["dropped"].items()}
-        reasons = {
-            index: dropped.get(index)
-            or _reason(int(records["op"][index]), *results[index].tolist())
-            for index in np.flatnonzero(~done).tolist()
-        }
-        return WindowResult(
-            request.target,
-            records,
-            results,
-            done,
-            reasons,
-            refused=Reason.POISONED if reply["kept"] else None,
-            threads=reply["threads"],
-            stop_us=reply["stop_us"],
-            total_us=reply["total_us"],
-            timings=reply["times"],
-        )
+        except (channel.PeerGoneError, TimeoutError):  # nobody knows how far it came
+            error, left = self._lost(), len(orders)
+            answer, data = {"replies": []}, b""
+        else:
+            if "leaving" in answer:  # because of one window, of which it has no reply
+                error, left = self._left(out), 1
+        results, at = [], 0
+        for order, (places, _), reply in zip(orders, packed, answer["replies"], strict=False):
+            end = at + reply["size"]
+            results.append(_result(order.request, places, reply, data[at:end]))
+            at = end
+        if error is not None:
+            results += [
+                _refused(order.request, error.reason, error.detail, lost=error.lost)
+                for order in orders[len(results) :][:left]
+            ]
+        return results
+
+    def _window_header(self, order: Order, places: NDArray[np.intp]) -> dict[str, Any]:
+        request = order.request
+        header = self._header("window", request.target, request.deadline_ms)
+        header |= {"inode": request.extent_inode, "fds": len(order.fds)}
+        header |= {"size": len(places) * STUB_RECORD.itemsize}
+        if order.fail[0]:
+            header["fail"] = (*order.fail[:2], int(np.flatnonzero(places == order.fail[2])[0]))
+        return header
 
     @staticmethod
     def _header(do: str, target: TargetId, deadline_ms: float) -> dict[str, Any]:
@@ -244,6 +277,43 @@ class Engine:
             "start_time": target.start_time,
             "deadline_ms": deadline_ms,
         }
+
+
+def _refused(
+    request: WindowRequest, reason: Reason, detail: str, *, lost: bool = False
+) -> WindowResult:
+    return WindowResult(request.target, request.records, refused=reason, detail=detail, lost=lost)
+
+
+def _result(
+    request: WindowRequest, places: NDArray[np.intp], reply: dict[str, Any], data: bytes
+) -> WindowResult:
+    """Understand the reply to one window, whose records were packed by *places*."""
+    if "refused" in reply:
+        return _refused(request, Reason(reply["refused"]), reply["detail"])
+    records = request.records
+    results = np.empty(len(records), RESULT)
+    found = np.frombuffer(data, STUB_RECORD)
+    for name in ("result", "stage"):  # one by one is faster than both as a structure
+        results[name][places] = found[name]
+    done = (results["result"] == 0) & (results["stage"] == stub.STAGE_DONE)
+    dropped = {int(places[int(at)]): Reason(reason) for at, reason in reply["dropped"].items()}
+    reasons = {
+        index: dropped.get(index) or _reason(int(records["op"][index]), *results[index].tolist())
+        for index in np.flatnonzero(~done).tolist()
+    }
+    return WindowResult(
+        request.target,
+        records,
+        results,
+        done,
+        reasons,
+        refused=Reason.POISONED if reply["kept"] else None,
+        threads=reply["threads"],
+        stop_us=reply["stop_us"],
+        total_us=reply["total_us"],
+        timings=reply["times"],
+    )
 
 
 def _packed(records: NDArray[np.void]) -> tuple[NDArray[np.intp], NDArray[np.void]]:

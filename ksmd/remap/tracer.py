@@ -5,7 +5,7 @@ It serves one request at a time from the daemon, over the channel that it inheri
 * ``inspect``  stop, read the seccomp filters, let go
 * ``check``    stop, see that no other tracer or stub is at work, let go
 * ``setup``    make the two userfaultfd contexts of a target and hand them over
-* ``window``   carry out a batch of records
+* ``windows``  carry out batches of records, one after the other, each in another target
 
 It may be killed at any instruction; the targets then go on by themselves. It uses that: when a
 thread does not stop long after the deadline, or a stub does not end, the process leaves, because
@@ -47,6 +47,7 @@ _GRACE_SECONDS: Final = 0.01
 
 _PR_SET_PDEATHSIG: Final = 1
 
+#: A header, records, and file descriptors that are handed over.
 _Reply = tuple[dict[str, Any], bytes, list[int]]
 
 
@@ -90,6 +91,12 @@ class Tracer:
     def __init__(self, end: socket.socket) -> None:
         self._end = end
         self._alive = AliveWord()
+        self._begin()
+
+    def _begin(self) -> None:
+        """Forget the windows of the last request: these are over, of the one that comes."""
+        self._replies: list[dict[str, Any]] = []
+        self._records: list[bytes] = []
 
     def serve(self) -> None:
         """Answer requests until the daemon is gone."""
@@ -98,8 +105,12 @@ class Tracer:
                 header, payload, fds = channel.receive(self._end)
             except channel.PeerGoneError:
                 return
+            self._begin()
             try:
-                reply, data, out = self._answer(header, payload, fds)
+                if header["do"] == "windows":
+                    reply, data, out = self._windows(header["windows"], payload, fds)
+                else:
+                    reply, data, out = self._answer(header, payload, fds)
             finally:
                 for fd in fds:
                     os.close(fd)
@@ -109,6 +120,18 @@ class Tracer:
                 return
             for fd in out:
                 os.close(fd)
+
+    def _windows(self, headers: list[dict[str, Any]], payload: bytes, fds: list[int]) -> _Reply:
+        """Carry windows out, and tell of all at once: whoever waits is not woken in between."""
+        record, fd = 0, 0
+        for header in headers:
+            records, held = record + header["size"], fd + header["fds"]
+            reply, data, _ = self._answer(header, payload[record:records], fds[fd:held])
+            reply["size"] = len(data)
+            self._replies.append(reply)
+            self._records.append(data)
+            record, fd = records, held
+        return {"replies": self._replies}, b"".join(self._records), []
 
     def _answer(self, header: dict[str, Any], payload: bytes, fds: list[int]) -> _Reply:
         target = TargetId(header["pid"], header["start_time"])
@@ -153,7 +176,7 @@ class Tracer:
             with session:
                 reply = self._with_session(session, header, batch, fds)
         except DeadlineError:
-            os._exit(EXIT_STUB_LATE)
+            self._leave(EXIT_STUB_LATE)
         reply[0]["stop_us"] = session.stop_us
         reply[0]["total_us"] = session.total_us
         return reply
@@ -172,10 +195,15 @@ class Tracer:
 
         The daemon gets the fuse to close.
         """
+        self._leave(EXIT_UNSTOPPABLE, self._alive.fuse)
+
+    def _leave(self, status: int, *fds: int) -> NoReturn:
+        """End, and tell of the windows that are over before: this one is not."""
+        header = {"leaving": status, "replies": self._replies}
         with contextlib.suppress(OSError, channel.PeerGoneError):
-            if self._alive.fuse >= 0:
-                channel.send(self._end, {"leaving": True}, fds=(self._alive.fuse,))
-        os._exit(EXIT_UNSTOPPABLE)
+            held = tuple(fd for fd in fds if fd >= 0)
+            channel.send(self._end, header, b"".join(self._records), held)
+        os._exit(status)
 
     def _with_session(
         self, session: Session, header: dict[str, Any], batch: wire.Batch, fds: list[int]

@@ -101,13 +101,14 @@ class Victim:
             pass_fds=fds,
             text=True,
         )
-        self.ready: Any = self._answer()
+        self.ready: Any = self.answer()
 
     @property
     def pid(self) -> int:
         return self.process.pid
 
-    def _answer(self) -> Any:
+    def answer(self) -> Any:
+        """Give the next thing that it replies."""
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         assert line, "the victim died"
@@ -117,7 +118,7 @@ class Victim:
         assert self.process.stdin is not None
         self.process.stdin.write(expression + "\n")
         self.process.stdin.flush()
-        return self._answer()
+        return self.answer()
 
     def kill(self) -> None:
         self.process.kill()

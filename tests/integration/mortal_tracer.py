@@ -1,8 +1,9 @@
 """The tracer with a fault, in the place of ``python -m ksmd.remap.tracer FD``.
 
 MORTAL_AT=n, MORTAL_WHEN=before|after: it dies around its n-th ptrace request, as by SIGKILL, so
-that nothing of it can clean up. MORTAL_BLIND=states: it does not look at the threads' states before
-it stops them. MORTAL_BLIND=rseq: it takes no heed of restartable sequences.
+that nothing of it can clean up. MORTAL_LATE=n: its n-th window is over too late.
+MORTAL_BLIND=states: it does not look at the threads' states before it stops them.
+MORTAL_BLIND=rseq: it takes no heed of restartable sequences.
 """
 
 from __future__ import annotations
@@ -15,12 +16,15 @@ from typing import Any
 from ksmd.kernel import ptrace
 from ksmd.remap import tracer
 from ksmd.remap.session import Session
+from ksmd.remap.stop import DeadlineError
 
 _at = int(os.environ.get("MORTAL_AT", "0"))
 _before = os.environ.get("MORTAL_WHEN") == "before"
 _blind = os.environ.get("MORTAL_BLIND")
+_late = int(os.environ.get("MORTAL_LATE", "0"))
 _request = ptrace._request
-_count = 0
+_window = tracer.Tracer._window
+_count = _windows = 0
 
 
 def _mortal_request(*arguments: Any) -> int:
@@ -34,7 +38,17 @@ def _mortal_request(*arguments: Any) -> int:
     return result
 
 
+def _late_window(*arguments: Any) -> Any:
+    global _windows  # noqa: PLW0603
+    _windows += 1
+    reply = _window(*arguments)
+    if _windows == _late:
+        raise DeadlineError
+    return reply
+
+
 ptrace._request = _mortal_request
+tracer.Tracer._window = _late_window  # type: ignore[method-assign]
 if _blind == "states":
     Session._check_states = lambda self, target: None  # type: ignore[method-assign]
 elif _blind == "rseq":

@@ -33,7 +33,7 @@ from ksmd.model.process import TargetId
 from ksmd.model.refusal import Reason
 from ksmd.model.units import PAGE_SHIFT, PAGE_SIZE
 from ksmd.model.window import Op, Outcome, Record, WindowRequest, WindowResult
-from ksmd.remap.engine import Engine, RefusedTargetError, TargetContexts
+from ksmd.remap.engine import Engine, Order, RefusedTargetError, TargetContexts
 from ksmd.remap.places import SCRATCH, SCRATCH_STEP, SCRATCH_TRIES
 
 VICTIMS = Path(__file__).resolve().parent.parent / "victims"
@@ -136,13 +136,13 @@ class Lab:
         self.announce(subject, records)
         try:
             store = extent.fd_ro if extent else -1
-            return self.engine.window(request, subject.contexts, store, fail=fail)
+            return self.engine.window(Order(request, subject.contexts, store, fail))
         finally:
             self.pager.settle_all(subject.slot)
 
     def announce(self, subject: Subject, records: Sequence[Record]) -> None:
         """Tell the pager of a window, as the daemon does."""
-        announce(self.pager, subject.slot, columns(records))
+        announce(self.pager, {subject.slot: columns(records)})
 
 
 @pytest.fixture

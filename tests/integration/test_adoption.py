@@ -124,7 +124,7 @@ def test_everything_said_of_targets_and_extents_comes_back(
     guard, track = contexts
     label = {"number": 7, "pins": [[1, 2]]}
     pager.guard(41, guard, track=track, about={"pid": 4711})
-    pager.extend(41, [(0x1000000, 0x1002000)])
+    pager.extend({41: [(0x1000000, 0x1002000)]})
     pager.guard(42, guard)
     pager.drop(42)
     pager.keep(KeptExtent(extent.inode, extent.fd_ro, 4 * PAGE_SIZE, 60 * PAGE_SIZE, label))

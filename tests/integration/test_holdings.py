@@ -110,8 +110,8 @@ def of_another_process() -> tuple[subprocess.Popen[str], int]:
 
 def fill(pager: Pager, contexts: tuple[int, int], extent: memfd.ExtentMap) -> None:
     pager.guard(5, contexts[0], track=contexts[1], about={"pid": 77})
-    pager.extend(5, [(0x1000, 0x5000), (0x9000, 0xA000)])
-    pager.settle(5, [(0x1000, 0x3000)])
+    pager.extend({5: [(0x1000, 0x5000), (0x9000, 0xA000)]})
+    pager.settle({5: [(0x1000, 0x3000)]})
     pager.keep(KeptExtent(extent.inode, os.dup(extent.fd_ro), 0, extent.length, {"number": 3}))
 
 

@@ -134,13 +134,13 @@ def start(program: Path, store: memfd.ExtentMap, pager: Pager) -> Iterator[Start
         target = Guarded(program, store, mode, pages, arg)
         started.append(target)
         pager.guard(target.pid, target.context)
-        pager.extend(target.pid, [target.range])
+        pager.extend({target.pid: [target.range]})
         target.tell()
         target.hear("m")
         if replace:
             pager.restart()
         if settle:
-            pager.settle(target.pid, [target.range])
+            pager.settle({target.pid: [target.range]})
         target.tell()
         return target
 
@@ -473,7 +473,7 @@ def test_what_ends_while_the_pager_is_dead_is_not_told_to_the_next(
     target, other = start("waits"), start("waits")
     for one in (target, other):
         one.hear("d")
-    pager.extend(target.pid, [(0x1000, 0x2000)])
+    pager.extend({target.pid: [(0x1000, 0x2000)]})
     os.kill(pager.pid, signal.SIGKILL)
     _until(lambda: not pager.alive())
     pager.settle_all(target.pid)
@@ -481,7 +481,7 @@ def test_what_ends_while_the_pager_is_dead_is_not_told_to_the_next(
     pager.release(1)
     assert pager.unsettled == []
     with pytest.raises(PagerGoneError):  # but nothing new begins without it
-        pager.extend(target.pid, [(0x1000, 0x2000)])
+        pager.extend({target.pid: [(0x1000, 0x2000)]})
     pager.settle_all(target.pid)
     pager.restart()
     assert pager.ids == [target.pid]

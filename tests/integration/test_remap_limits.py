@@ -30,7 +30,7 @@ from ksmd.kernel.vmaquery import VmaQuery
 from ksmd.model.refusal import Reason
 from ksmd.model.units import PAGE_SIZE
 from ksmd.model.window import Op, Record, WindowRequest
-from ksmd.remap.engine import RefusedTargetError
+from ksmd.remap.engine import Order, RefusedTargetError
 
 pytestmark = pytest.mark.root
 
@@ -307,7 +307,7 @@ def test_what_goes_wrong_while_the_tracer_is_at_work_costs_no_answer(lab: Lab) -
 
         lab.announce(subject, [record])
         with pytest.raises(RuntimeError, match="meanwhile"):
-            lab.engine.window(request, subject.contexts, extent.fd_ro, meanwhile=fail)
+            lab.engine.windows([Order(request, subject.contexts, extent.fd_ro)], fail)
         lab.pager.settle_all(subject.slot)
         back = lab.window(subject, [run(Op.UNMERGE, victim.ready, 0, npages)], extent)
         assert done(back), says(back)
