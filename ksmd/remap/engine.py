@@ -238,6 +238,7 @@ class Engine:
         ]
         fds = tuple(fd for order in orders for fd in order.fds)
         error: RefusedTargetError | None = None
+        left = 0  # of those that have no reply, how many are not to be tried again
         try:
             answer, data, out = self._exchange(
                 {"do": "windows", "windows": headers}, payload, fds, meanwhile
