@@ -10,8 +10,7 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
-from typing import TypeVar
+from collections.abc import Generator, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,7 +32,7 @@ from ksmd.daemon.hugepages import huge_blocks, split_cut
 from ksmd.daemon.journal import fields
 from ksmd.daemon.state import Domain, Target
 from ksmd.daemon.targets import Targets
-from ksmd.daemon.windows import Asked, MergeResult, Windows, Work, is_asked
+from ksmd.daemon.windows import Asked, MergeResult, Windows, Work, in_turns, is_asked
 from ksmd.kernel import memcg, risks
 from ksmd.model.errors import KsmdError, TargetGoneError
 from ksmd.model.plan import ExtentPlan, Plan
@@ -44,16 +43,12 @@ from ksmd.settings.values import Settings
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
 #: Processors that a stop needs: the tracer its own, and the threads that stop another.
 _PROCESSORS_OF_A_STOP = 2
 #: Runs of zero pages in a window: they take no mappings, but a price that is wrong tells by then.
 _ZERO_RUNS = 2000
 #: Pages that one fault brings in at once: where windows may cut a run that has no huge pages.
 _GRAIN = 16
-#: Targets that have a window each before the main loop looks at its sockets again.
-_TOGETHER = 8
 #: Pages of an extent for scattered pages, at the most, and the part of free memory that it may be.
 _SCATTERED_PAGES, _SCATTERED_SHARE = 65536, 16
 
@@ -208,7 +203,7 @@ class Merger:
         """
         users = sorted(users, key=lambda user: not _is_foretold(domain, user))
         company: Company | None = None  # once somebody has failed
-        for turn in _turns(users, alone=new and bool(users) and _is_foretold(domain, users[0])):
+        for turn in in_turns(users, alone=new and bool(users) and _is_foretold(domain, users[0])):
             wanted = turn
             if company is not None:
                 wanted = [(t, ground, company.of(r, result.refused)) for t, ground, r in turn]
@@ -237,7 +232,7 @@ class Merger:
     ) -> Iterator[MergeResult]:
         of_slot = {target.slot: target for target in self._of(domain)}
         slots = distinct(plan.zeros["target"]).tolist()
-        for turn in _turns([of_slot[slot] for slot in slots if slot in of_slot]):
+        for turn in in_turns([of_slot[slot] for slot in slots if slot in of_slot]):
             works = []
             for target in turn:
                 zeros = plan.zeros[plan.zeros["target"] == target.slot]
@@ -357,14 +352,6 @@ class Merger:
 def _is_foretold(domain: Domain, user: User) -> bool:
     target, _, records = user
     return bool(domain.foretold(target, records).any())
-
-
-def _turns(them: Sequence[T], *, alone: bool = False) -> Iterator[Sequence[T]]:
-    """Give *them* so many at a time as may have their windows together; the first one *alone*."""
-    if alone:
-        yield them[:1]
-    for at in range(int(alone), len(them), _TOGETHER):
-        yield them[at : at + _TOGETHER]
 
 
 def _scattered_pages() -> int:

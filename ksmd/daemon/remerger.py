@@ -11,7 +11,7 @@ from ksmd.core.windows import advice_of, columns
 from ksmd.daemon.accounting import stretches_of
 from ksmd.daemon.state import Domain, Target
 from ksmd.daemon.targets import Targets
-from ksmd.daemon.windows import MergeResult, Windows
+from ksmd.daemon.windows import MergeResult, Windows, Work, in_turns
 from ksmd.kernel.pagemap import pages_in
 from ksmd.model.errors import TargetGoneError
 from ksmd.model.units import PAGE_SHIFT, PAGE_SIZE
@@ -31,25 +31,29 @@ class Remerger:
 
     def remerge_pass(self, asked: bool, result: MergeResult) -> Iterator[MergeResult]:
         """Give CoW-broken pages that hold the store's content again back to the store."""
-        for target in self._targets:
-            if not target.broken or not self._may_stop(target, asked):
-                continue
-            domain = self._targets.domain(target)
-            try:
-                found = self._equal_again(domain, target)
-            except TargetGoneError:
-                self._targets.drop(target)
-                continue
-            for number, records in found.items():
+        broken = [target for target in self._targets if target.broken]
+        for turn in in_turns(broken):
+            works = [self._remerge(target, asked, result) for target in turn]
+            yield from self._windows.side_by_side(works, result)
+
+    def _remerge(self, target: Target, asked: bool, result: MergeResult) -> Work[None]:
+        """Give back what one target has, a window for each extent at the most."""
+        if not self._may_stop(target, asked):
+            return
+        domain = self._targets.domain(target)
+        try:
+            for number, records in self._equal_again(domain, target).items():
                 extent = domain.store.extents.get(number)
                 if extent is None or not self._may_stop(target, asked):
                     break  # given back meanwhile, or stopped just now
                 first = next(self._windows.cut(target, columns(records)))
-                done = self._windows.open(target, first, extent)
-                result.windows += 1
-                carried = self._windows.account(domain, target, done, result)
-                self._windows.forget(domain, target, [carried])
-                yield result
+                done = yield from self._windows.attempt(target, extent, first, asked, result)
+                if done is not None:
+                    carried = self._windows.account(domain, target, done, result)
+                    self._windows.forget(domain, target, [carried])
+                yield None
+        except TargetGoneError:
+            self._targets.drop(target)
 
     def _may_stop(self, target: Target, asked: bool) -> bool:
         here = target.slot in self._targets.by_slot and target.contexts is not None

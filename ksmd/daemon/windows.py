@@ -36,6 +36,8 @@ _MAPPING = frozenset({int(Op.MERGE), int(Op.REMERGE)})
 #: Refusals that have to do with the moment of the stop, and how often an asked window tries again.
 _MOMENTARY = frozenset({Reason.UNSTOPPABLE, Reason.NO_THREAD, Reason.STALE_STUB})
 _RETRIES = 3
+#: Targets that have a window each before the main loop looks at its sockets again.
+_TOGETHER = 8
 #: Bytes that any window takes of its target's memory: the stub, page tables, mappings.
 _ASIDE = 1 << 19
 
@@ -198,7 +200,10 @@ class Windows:
         return done
 
     def side_by_side(
-        self, works: Sequence[Work[T]], result: MergeResult, meanwhile: Callable[[], None]
+        self,
+        works: Sequence[Work[T]],
+        result: MergeResult,
+        meanwhile: Callable[[], None] = _nothing,
     ) -> Generator[MergeResult, None, list[T]]:
         """Do *works*, each on another target, a window of each at a time; gives what each gives.
 
@@ -341,6 +346,14 @@ class Windows:
             os.close(target.contexts.guard)
             os.close(target.contexts.track)
         target.contexts = None
+
+
+def in_turns(them: Sequence[T], *, alone: bool = False) -> Iterator[Sequence[T]]:
+    """Give *them* so many at a time as may have their windows together; the first one *alone*."""
+    if alone:
+        yield them[:1]
+    for at in range(int(alone), len(them), _TOGETHER):
+        yield them[at : at + _TOGETHER]
 
 
 def _advance(

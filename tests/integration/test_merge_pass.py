@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pipeline_lab
@@ -19,6 +21,9 @@ from ksmd.daemon.state import Target
 from ksmd.daemon.windows import MergeResult
 from ksmd.kernel import procfs
 from ksmd.model.refusal import Reason
+from ksmd.model.units import PAGE_SIZE
+from ksmd.model.window import Op, WindowResult
+from ksmd.remap.engine import Order
 from ksmd.settings import Settings
 
 pytestmark = pytest.mark.root
@@ -381,3 +386,75 @@ def test_an_extent_whose_users_have_gone_is_released_though_the_others_rest(
         own_pass(pipeline)
         assert len(domain.store.extents) == 1
         assert {target.merged_pages for target in pipeline.targets} == {NPAGES}
+
+
+class OnLooker:
+    """Looks on while the engine is asked for windows; may say that a moment was bad."""
+
+    def __init__(self, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._engine = pipeline.windows._engine
+        self._windows = self._engine.windows
+        self.asked: list[list[Order]] = []
+        self.bad_moments = {Op.MERGE: 0, Op.ZERO: 0, Op.REMERGE: 0}
+        monkeypatch.setattr(self._engine, "windows", self._look_on)
+
+    def _look_on(self, orders: list[Order], meanwhile: Callable[[], None]) -> list[WindowResult]:
+        self.asked.append(list(orders))
+        op = Op(int(orders[0].request.records["op"][0]))
+        if not self.bad_moments[op]:
+            return self._windows(orders, meanwhile)
+        self.bad_moments[op] -= 1
+        requests = [order.request for order in orders]
+        return [
+            WindowResult(request.target, request.records, refused=Reason.UNSTOPPABLE)
+            for request in requests
+        ]
+
+
+def full_pass(pipeline: Pipeline) -> MergeResult:
+    for _ in pipeline.full_pass(asked=True):
+        pass
+    assert pipeline.last is not None
+    return pipeline.last.merge
+
+
+def test_each_of_several_targets_has_a_window_in_turn(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    onlooker = OnLooker(pipeline, monkeypatch)
+    with contextlib.ExitStack() as stack:
+        victims = [stack.enter_context(Victim(SCRIPT)) for _ in range(10)]
+        select(pipeline, *victims)
+        settings = pipeline.targets.settings
+        windows = settings.window.model_copy(update={"max_pages": NPAGES // 4})
+        pipeline.targets.settings = settings.model_copy(update={"window": windows})
+        assert full_pass(pipeline).merged == 10 * NPAGES
+        at_once = [[order.request.target.pid for order in orders] for orders in onlooker.asked]
+        assert all(len(pids) == len(set(pids)) for pids in at_once)
+        assert max(map(len, at_once)) == 8
+        # four windows each, and nobody has two in a row before all with him had one
+        assert Counter(pid for pids in at_once for pid in pids) == dict.fromkeys(
+            [victim.pid for victim in victims], 4
+        )
+        for victim in victims:
+            assert victim.ask(f"peek({victim.ready} + 5 * PAGE)") >= 0
+
+
+@pytest.mark.parametrize("op", [Op.MERGE, Op.REMERGE])
+def test_a_bad_moment_is_tried_again_for_who_waits(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, op: Op
+) -> None:
+    onlooker = OnLooker(pipeline, monkeypatch)
+    with Victim(SCRIPT) as one, Victim(SCRIPT) as other:
+        select(pipeline, one, other)
+        onlooker.bad_moments[op] = 2
+        assert full_pass(pipeline).merged == 2 * NPAGES
+        page = one.ready + 5 * PAGE_SIZE
+        assert (
+            one.ask(f"[kept := peek({page}), poke({page}, kept ^ 1), poke({page}, kept), 0][3]")
+            == 0
+        )
+        assert full_pass(pipeline).remerged == 1
+        assert onlooker.bad_moments[op] == 0
+        assert pipeline.last is not None
+        assert not pipeline.last.merge.postponed
