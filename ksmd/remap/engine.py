@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -26,6 +27,9 @@ from ksmd.remap import stub
 from ksmd.remap.wire import EXIT_UNSTOPPABLE
 
 _REPLY_SECONDS: Final = 10.0
+#: Bytes of records in one request, or of one window's: what goes to the tracer, and comes back
+#: before we read it, must go into sockets whose buffers are what anybody may have.
+_MOST_BYTES: Final = 1 << 17
 _FLAGGED: Final = {
     Advice.DONTFORK: Reason.DONTFORK,
     Advice.DONTDUMP: Reason.DONTDUMP,
@@ -84,16 +88,21 @@ class Engine:
         self._process: subprocess.Popen[bytes] | None = None
         self._awaited = False  # it was begun, and has not said yet that it serves
         self._ours, theirs = channel.pair()
+        self._results, other = channel.pair()
         theirs.close()
+        other.close()
 
     def begin(self) -> None:
         """Start a tracer; :meth:`start` waits for it."""
         self.close()
         self._ours, theirs = channel.pair()
-        with theirs:
+        self._results, results = channel.pair()
+        self._results.setblocking(False)
+        with theirs, results:
+            ends = theirs.fileno(), results.fileno()
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "ksmd.remap.tracer", str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
+                [sys.executable, "-P", "-m", "ksmd.remap.tracer", *map(str, ends)],
+                pass_fds=ends,
                 start_new_session=True,
             )
         with contextlib.suppress(OSError):  # without CAP_SYS_NICE stops take longer on a busy host
@@ -121,6 +130,7 @@ class Engine:
     def close(self) -> None:
         """End the tracer, if one runs."""
         self._ours.close()
+        self._results.close()
         if self._process is not None:
             self._process.kill()
             self._process.wait()
@@ -222,8 +232,8 @@ class Engine:
         not wait for it.
         """
         results: list[WindowResult] = []
-        while len(results) < len(orders):  # where a tracer leaves, the next one does the rest
-            results += self._windows(orders[len(results) :], meanwhile)
+        while left := orders[len(results) :]:  # where a tracer leaves, the next one does the rest
+            results += self._windows(_fitting(left), meanwhile)
         return results
 
     def _windows(
@@ -231,35 +241,40 @@ class Engine:
     ) -> list[WindowResult]:
         """Have a tracer carry *orders* out: all, or up to the one by which it ended."""
         packed = [_packed(order.request.records) for order in orders]
-        payload = b"".join(records.tobytes() for _, records in packed)
         headers = [
             self._window_header(order, places)
             for order, (places, _) in zip(orders, packed, strict=True)
         ]
+        payload = b"".join(records.tobytes() for _, records in packed)
         fds = tuple(fd for order in orders for fd in order.fds)
         error: RefusedTargetError | None = None
-        left = 0  # of those that have no reply, how many are not to be tried again
         try:
-            answer, data, out = self._exchange(
+            answer, _, out = self._exchange(
                 {"do": "windows", "windows": headers}, payload, fds, meanwhile
             )
-        except (channel.PeerGoneError, TimeoutError):  # nobody knows how far it came
-            error, left = self._lost(), len(orders)
-            answer, data = {"replies": []}, b""
-        else:
-            if "leaving" in answer:  # because of one window, of which it has no reply
-                error, left = self._left(out), 1
-        results, at = [], 0
-        for order, (places, _), reply in zip(orders, packed, answer["replies"], strict=False):
-            end = at + reply["size"]
-            results.append(_result(order.request, places, reply, data[at:end]))
-            at = end
-        if error is not None:
-            results += [
-                _refused(order.request, error.reason, error.detail, lost=error.lost)
-                for order in orders[len(results) :][:left]
-            ]
+            if "leaving" in answer:
+                error = self._left(out)
+        except (channel.PeerGoneError, TimeoutError):
+            error = self._lost()
+        finally:
+            replies = self._taken()
+        results = [
+            _result(order.request, places, reply, data)
+            for order, (places, _), (reply, data) in zip(orders, packed, replies, strict=False)
+        ]
+        if error is not None and len(results) < len(orders):
+            request = orders[len(results)].request  # the tracer was at work on it
+            results.append(_refused(request, error.reason, error.detail, lost=error.lost))
         return results
+
+    def _taken(self) -> list[tuple[dict[str, Any], bytes]]:
+        """Take the results of windows that are over, which nobody was woken for."""
+        taken = []
+        with contextlib.suppress(BlockingIOError, channel.PeerGoneError):
+            while True:
+                reply, data, _ = channel.receive(self._results)
+                taken.append((reply, data))
+        return taken
 
     def _window_header(self, order: Order, places: NDArray[np.intp]) -> dict[str, Any]:
         request = order.request
@@ -278,6 +293,12 @@ class Engine:
             "start_time": target.start_time,
             "deadline_ms": deadline_ms,
         }
+
+
+def _fitting(orders: Sequence[Order]) -> Sequence[Order]:
+    """Give those of *orders*, from the first one on, that fit into one request."""
+    sizes = [len(order.request.records) * STUB_RECORD.itemsize for order in orders]
+    return orders[: max(1, sum(size <= _MOST_BYTES for size in accumulate(sizes)))]
 
 
 def _refused(

@@ -1,11 +1,14 @@
 """The tracer process: every ptrace call of ksmd, made by its one thread.
 
-It serves one request at a time from the daemon, over the channel that it inherits:
+It serves one request at a time from the daemon, over the first channel that it inherits:
 
 * ``inspect``  stop, read the seccomp filters, let go
 * ``check``    stop, see that no other tracer or stub is at work, let go
 * ``setup``    make the two userfaultfd contexts of a target and hand them over
 * ``windows``  carry out batches of records, one after the other, each in another target
+
+What became of a window goes to the second channel as soon as it is over, and is looked at when all
+are: the daemon is not woken in between, and knows, should we die, how far we came.
 
 It may be killed at any instruction; the targets then go on by themselves. It uses that: when a
 thread does not stop long after the deadline, or a stub does not end, the process leaves, because
@@ -88,15 +91,10 @@ def _outliving_the_daemon() -> Iterator[None]:
 class Tracer:
     """The request loop."""
 
-    def __init__(self, end: socket.socket) -> None:
+    def __init__(self, end: socket.socket, results: socket.socket) -> None:
         self._end = end
+        self._results = results
         self._alive = AliveWord()
-        self._begin()
-
-    def _begin(self) -> None:
-        """Forget the windows of the last request: these are over, of the one that comes."""
-        self._replies: list[dict[str, Any]] = []
-        self._records: list[bytes] = []
 
     def serve(self) -> None:
         """Answer requests until the daemon is gone."""
@@ -105,33 +103,30 @@ class Tracer:
                 header, payload, fds = channel.receive(self._end)
             except channel.PeerGoneError:
                 return
-            self._begin()
             try:
                 if header["do"] == "windows":
-                    reply, data, out = self._windows(header["windows"], payload, fds)
+                    reply, out = self._windows(header["windows"], payload, fds)
                 else:
-                    reply, data, out = self._answer(header, payload, fds)
+                    reply, _, out = self._answer(header, payload, fds)
+                channel.send(self._end, reply, fds=tuple(out))
+            except channel.PeerGoneError:
+                return
             finally:
                 for fd in fds:
                     os.close(fd)
-            try:
-                channel.send(self._end, reply, data, tuple(out))
-            except channel.PeerGoneError:
-                return
             for fd in out:
                 os.close(fd)
 
-    def _windows(self, headers: list[dict[str, Any]], payload: bytes, fds: list[int]) -> _Reply:
-        """Carry windows out, and tell of all at once: whoever waits is not woken in between."""
-        record, fd = 0, 0
+    def _windows(
+        self, headers: list[dict[str, Any]], payload: bytes, fds: list[int]
+    ) -> tuple[dict[str, Any], list[int]]:
+        record = fd = 0
         for header in headers:
             records, held = record + header["size"], fd + header["fds"]
             reply, data, _ = self._answer(header, payload[record:records], fds[fd:held])
-            reply["size"] = len(data)
-            self._replies.append(reply)
-            self._records.append(data)
+            channel.send(self._results, reply, data)
             record, fd = records, held
-        return {"replies": self._replies}, b"".join(self._records), []
+        return {}, []
 
     def _answer(self, header: dict[str, Any], payload: bytes, fds: list[int]) -> _Reply:
         target = TargetId(header["pid"], header["start_time"])
@@ -176,7 +171,7 @@ class Tracer:
             with session:
                 reply = self._with_session(session, header, batch, fds)
         except DeadlineError:
-            self._leave(EXIT_STUB_LATE)
+            os._exit(EXIT_STUB_LATE)
         reply[0]["stop_us"] = session.stop_us
         reply[0]["total_us"] = session.total_us
         return reply
@@ -195,15 +190,10 @@ class Tracer:
 
         The daemon gets the fuse to close.
         """
-        self._leave(EXIT_UNSTOPPABLE, self._alive.fuse)
-
-    def _leave(self, status: int, *fds: int) -> NoReturn:
-        """End, and tell of the windows that are over before: this one is not."""
-        header = {"leaving": status, "replies": self._replies}
         with contextlib.suppress(OSError, channel.PeerGoneError):
-            held = tuple(fd for fd in fds if fd >= 0)
-            channel.send(self._end, header, b"".join(self._records), held)
-        os._exit(status)
+            if self._alive.fuse >= 0:
+                channel.send(self._end, {"leaving": True}, fds=(self._alive.fuse,))
+        os._exit(EXIT_UNSTOPPABLE)
 
     def _with_session(
         self, session: Session, header: dict[str, Any], batch: wire.Batch, fds: list[int]
@@ -270,8 +260,8 @@ def _refuse_pins(pid: int) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """Run as ``python -m ksmd.remap.tracer FD``."""
-    end = socket.socket(fileno=int(arguments[1]))
+    """Run as ``python -m ksmd.remap.tracer FD FD``."""
+    end, results = (socket.socket(fileno=int(number)) for number in arguments[1:])
     signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - {signal.SIGALRM})
     signal.signal(signal.SIGALRM, _alarm)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, it would not tell of stops (stop.py)
@@ -280,7 +270,7 @@ def main(arguments: list[str]) -> int:
     with contextlib.suppress(KsmdError):  # without CAP_SYS_RESOURCE: stubs survive our death
         risks.set_oom_score_adj(os.getpid(), -900)
     libc.trim_heap()  # start-up has left some lying
-    tracer = Tracer(end)
+    tracer = Tracer(end, results)
     with contextlib.suppress(channel.PeerGoneError):  # the daemon died meanwhile
         channel.send(end, {"ready": os.getpid()})
         tracer.serve()

@@ -1,4 +1,4 @@
-"""The tracer with a fault, in the place of ``python -m ksmd.remap.tracer FD``.
+"""The tracer with a fault, in the place of ``python -m ksmd.remap.tracer FD FD``.
 
 MORTAL_AT=n, MORTAL_WHEN=before|after: it dies around its n-th ptrace request, as by SIGKILL, so
 that nothing of it can clean up. MORTAL_LATE=n: its n-th window is over too late.
@@ -53,4 +53,4 @@ if _blind == "states":
     Session._check_states = lambda self, target: None  # type: ignore[method-assign]
 elif _blind == "rseq":
     Session._inside_rseq = lambda self: set()  # type: ignore[method-assign]
-sys.exit(tracer.main(["tracer", sys.argv[-1]]))
+sys.exit(tracer.main(["tracer", *sys.argv[-2:]]))
