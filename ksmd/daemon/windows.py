@@ -1,4 +1,4 @@
-"""One stop window, from the pager's being told of it to the target's account.
+"""Stop windows, from the pager's being told of them to the accounts of their targets.
 
 Whoever changes a target comes through here: the merger, who maps the store, the remerger and the
 unmerger. What a window is to do has been decided before.
