@@ -3,9 +3,10 @@
 A window takes a time of its own, whatever it does (stopping, infecting, curing), and so much for
 each run and each page. In what proportion runs and pages count was measured once; how much of it
 all differs between machines and targets (mappings, huge pages, noisy neighbours) and follows from
-what the last windows took; of a target that has had none yet, from those of the others. The two are
-learned apart: if a window's own time were taken for the price of its records, windows would grow
-shorter, and their own time weigh the more.
+what the last windows took; of a target that has had few yet, from those of all: so targets that
+have their first windows together learn together. The two are learned apart: if a window's own time
+were taken for the price of its records, windows would grow shorter, and their own time weigh the
+more.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ _LEAST, _FIRST, _MOST = 0.2, 1.5, 3.0
 #: whose stops take long whatever they do (tens of thousands of mappings) would else be stopped
 #: without end.
 _WORTH = 0.5
+#: A target that has had so many windows is known by itself.
+_FEW = 8
 #: Shorter windows say more about the machine's noise than about their records.
 _TELLING = 200.0
 
@@ -62,10 +65,13 @@ class WindowPrice:
         self._run, self._page = _RUN[op], _PAGE[op]
         self._scale = _FIRST
         self._own = _EMPTY
+        self._windows = 0  # that it has learned from
 
     def copy(self) -> WindowPrice:
         """Give one that knows the same, and learns by itself, but for the aim, which they share."""
-        return copy(self)
+        made = copy(self)
+        made._windows = 0
+        return made
 
     def of(self, records: NDArray[np.void]) -> NDArray[np.float64]:
         """Return what each record (dtype RECORD) takes, in parts that :meth:`room` is made of."""
@@ -81,8 +87,20 @@ class WindowPrice:
         aim = stop_ms * 1000 * self._aim.part
         return max(aim - self._own, self._own * _WORTH) / self._scale
 
-    def learn(self, records: NDArray[np.void], micros: float, at_work: float) -> None:
-        """Take in a window with *records*: it took *micros* in all, *at_work* on the records."""
+    def learn(
+        self,
+        records: NDArray[np.void],
+        micros: float,
+        at_work: float,
+        usual: WindowPrice | None = None,
+    ) -> None:
+        """Take in a window with *records*: it took *micros* in all, *at_work* on the records.
+
+        *usual* is what is known of others. A target that has had few windows knows no better.
+        """
+        self._windows += 1
+        if usual is not None and self._windows <= _FEW:
+            self._scale, self._own = usual._scale, usual._own
         self._own = _nearer(self._own, max(0.0, micros - at_work))
         npages = int(records["length"].sum()) >> PAGE_SHIFT
         expected = self._run * len(records) + self._page * npages

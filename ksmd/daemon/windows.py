@@ -140,9 +140,10 @@ class Windows:
         return target.prices[op]
 
     def _learn(self, target: Target, records: Records, done: WindowResult) -> None:
-        """Take in what a window took: of its target, and of its kind."""
-        for price in (self._price(target, records), self._usual[Op(int(records["op"][0]))]):
-            price.learn(records, done.total_us, done.at_work_us)
+        """Take in what a window took: of its kind, and of its target."""
+        usual = self._usual[Op(int(records["op"][0]))]
+        usual.learn(records, done.total_us, done.at_work_us)
+        self._price(target, records).learn(records, done.total_us, done.at_work_us, usual)
         self._aim.learn(done.total_us, self._targets.settings.window.stop_ms)
 
     def _deadline_ms(self, target: Target) -> float:

@@ -102,6 +102,26 @@ def test_a_copy_knows_the_same_and_learns_by_itself() -> None:
     assert price.room(STOP_MS) > usual.room(STOP_MS) == before
 
 
+def test_targets_that_begin_together_learn_together_and_then_apart() -> None:
+    usual = WindowPrice(Op.MERGE)
+    prices = [usual.copy() for _ in range(8)]
+    alone = usual.copy()
+    batch = singles(200)
+    for _ in range(4):
+        alone.learn(batch, 2000, 1600)
+        for price in prices:
+            usual.learn(batch, 2000, 1600)
+            price.learn(batch, 2000, 1600, usual)
+    rooms = [price.room(STOP_MS) for price in prices]
+    assert min(rooms) > 1.5 * alone.room(STOP_MS)
+    assert max(rooms) < 1.1 * min(rooms)
+    for _ in range(20):  # one of them turns out slow: it has had few windows, and yet it tells
+        usual.learn(batch, 2000, 1600)
+        prices[0].learn(batch, 8000, 7000, usual)
+    assert prices[0].room(STOP_MS) < 0.4 * min(rooms)
+    assert prices[1].room(STOP_MS) == rooms[1]
+
+
 def test_every_operation_has_its_price() -> None:
     assert set(all_prices(Aim())) == set(Op)
 
