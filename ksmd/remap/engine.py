@@ -91,6 +91,7 @@ class Engine:
         self._results, other = channel.pair()
         theirs.close()
         other.close()
+        self._over: list[tuple[dict[str, Any], bytes]] = []
 
     def begin(self) -> None:
         """Start a tracer; :meth:`start` waits for it."""
@@ -153,8 +154,20 @@ class Engine:
             for _ in header.get("windows", ()):
                 meanwhile()
         finally:  # whatever comes of that, the answer is this request's
-            answer = patience.receive(self._ours)
+            answer = self._await(patience)
         return answer
+
+    def _await(self, patience: Patience) -> tuple[dict[str, Any], bytes, list[int]]:
+        """Wait for an answer: for the tracer's time from the last window on that is over."""
+        while True:
+            try:
+                return patience.receive(self._ours)
+            except TimeoutError:
+                before = len(self._over)
+                self._take_results()
+                if len(self._over) == before:
+                    raise
+                patience = Patience(_REPLY_SECONDS, self.pid)
 
     def _ask(self, header: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
         """Send one request; a refusal of the target is raised as RefusedTargetError."""
@@ -257,7 +270,8 @@ class Engine:
         except (channel.PeerGoneError, TimeoutError):
             error = self._lost()
         finally:
-            replies = self._taken()
+            self._take_results()
+            replies, self._over = self._over, []
         results = [
             _result(order.request, places, reply, data)
             for order, (places, _), (reply, data) in zip(orders, packed, replies, strict=False)
@@ -267,14 +281,12 @@ class Engine:
             results.append(_refused(request, error.reason, error.detail, lost=error.lost))
         return results
 
-    def _taken(self) -> list[tuple[dict[str, Any], bytes]]:
-        """Take the results of windows that are over, which nobody was woken for."""
-        taken = []
+    def _take_results(self) -> None:
+        """Take in what became of windows that are over, for which nobody is woken."""
         with contextlib.suppress(BlockingIOError, channel.PeerGoneError):
             while True:
                 reply, data, _ = channel.receive(self._results)
-                taken.append((reply, data))
-        return taken
+                self._over.append((reply, data))
 
     def _window_header(self, order: Order, places: NDArray[np.intp]) -> dict[str, Any]:
         request = order.request

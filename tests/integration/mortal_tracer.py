@@ -2,6 +2,7 @@
 
 MORTAL_AT=n, MORTAL_WHEN=before|after: it dies around its n-th ptrace request, as by SIGKILL, so
 that nothing of it can clean up. MORTAL_LATE=n: its n-th window is over too late.
+MORTAL_SLOW=seconds: so long it rests after each window.
 MORTAL_BLIND=states: it does not look at the threads' states before it stops them.
 MORTAL_BLIND=rseq: it takes no heed of restartable sequences.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from typing import Any
 
 from ksmd.kernel import ptrace
@@ -22,8 +24,10 @@ _at = int(os.environ.get("MORTAL_AT", "0"))
 _before = os.environ.get("MORTAL_WHEN") == "before"
 _blind = os.environ.get("MORTAL_BLIND")
 _late = int(os.environ.get("MORTAL_LATE", "0"))
+_slow = float(os.environ.get("MORTAL_SLOW", "0"))
 _request = ptrace._request
 _window = tracer.Tracer._window
+_answer = tracer.Tracer._answer
 _count = _windows = 0
 
 
@@ -47,7 +51,14 @@ def _late_window(*arguments: Any) -> Any:
     return reply
 
 
+def _slow_answer(*arguments: Any) -> Any:
+    reply = _answer(*arguments)
+    time.sleep(_slow)
+    return reply
+
+
 ptrace._request = _mortal_request
+tracer.Tracer._answer = _slow_answer  # type: ignore[method-assign]
 tracer.Tracer._window = _late_window  # type: ignore[method-assign]
 if _blind == "states":
     Session._check_states = lambda self, target: None  # type: ignore[method-assign]

@@ -157,6 +157,21 @@ def test_a_window_that_is_over_too_late_is_lost_alone(
     three.check()
 
 
+def test_a_tracer_has_its_time_for_each_window(
+    lab: Lab, three: Company, faulty_tracer: UseTracer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lab.engine.close()
+    faulty_tracer(slow=0.8)
+    lab.engine.begin()
+    lab.engine.start()
+    tracer = lab.engine.pid
+    monkeypatch.setattr("ksmd.remap.engine._REPLY_SECONDS", 1.2)
+    results = three.windows(Op.MERGE)
+    assert all(done(result) for result in results), list(map(says, results))
+    assert lab.engine.pid == tracer
+    three.check()
+
+
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_all_endure_the_death_of_their_tracer_at_any_request(
     lab: Lab, three: Company, faulty_tracer: UseTracer, when: str
