@@ -27,6 +27,7 @@ from ksmd.bench.victims import Victim
 from ksmd.client import Client, DaemonUnavailableError
 from ksmd.core.layout import VMA_BYTES
 from ksmd.kernel import procfs
+from ksmd.kernel.tied import tied
 from ksmd.model.errors import KsmdError
 from ksmd.settings.values import LEAST_TABLE_SIZE
 
@@ -118,7 +119,7 @@ class Ksmd:
         arguments = ["run", "--config", str(self._config), "--socket", str(self._socket)]
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                [*self._command, *arguments],
+                tied([*self._command, *arguments]),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

@@ -6,7 +6,6 @@ It selects processes by pid, and only those that the demo started.
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -14,20 +13,11 @@ import time
 from pathlib import Path
 
 from ksmd.client import Client, DaemonUnavailableError
+from ksmd.kernel.tied import tied
 from ksmd.model.errors import KsmdError
 
 START_SECONDS = 60.0
 STOP_SECONDS = 60.0
-
-# The parent-death signal outlives execve: should the demo be killed, the daemon is told to stop,
-# and gives everything back. prctl(2), PR_SET_PDEATHSIG is 1.
-_TIED = """\
-import ctypes, os, sys
-parent = int(sys.argv[1])
-ctypes.CDLL(None).prctl(1, 15, 0, 0, 0)
-if os.getppid() == parent:
-    os.execv(sys.argv[2], sys.argv[2:])
-"""
 
 
 class DemoDaemon:
@@ -47,7 +37,7 @@ class DemoDaemon:
         command += ["--config", str(config), "--socket", str(self.socket)]
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-c", _TIED, str(os.getpid()), *command],
+                tied(command),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
