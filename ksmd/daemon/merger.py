@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from ksmd.core.focus import focus
 from ksmd.core.planner import PlanLimits, make_plan
 from ksmd.core.scope import Scope, within
-from ksmd.core.sets import distinct
 from ksmd.core.windows import Ground, Records, merge_records, zero_records
 from ksmd.daemon.confirm import (
     Company,
@@ -199,11 +198,13 @@ class Merger:
         """Have an extent mapped by all its users, some at a time.
 
         First by one of whom something was foretold: where that turns out wrong, and the extent is
-        *new*, nobody else is stopped to map pages alone.
+        *new*, nobody else is stopped to map pages alone. Whoever has to be prepared yet keeps
+        nobody waiting, whose pages may change meanwhile.
         """
         users = sorted(users, key=lambda user: not _is_foretold(domain, user))
+        trial = users[0][0] if new and users and _is_foretold(domain, users[0]) else None
         company: Company | None = None  # once somebody has failed
-        for turn in in_turns(users, alone=new and bool(users) and _is_foretold(domain, users[0])):
+        for turn in in_turns(users, lambda user: user[0] is trial or user[0].contexts is None):
             wanted = turn
             if company is not None:
                 wanted = [(t, ground, company.of(r, result.refused)) for t, ground, r in turn]
@@ -230,19 +231,15 @@ class Merger:
     def _drop_zeros(
         self, domain: Domain, plan: Plan, look: SecondLook, asked: Asked, result: MergeResult
     ) -> Iterator[MergeResult]:
-        of_slot = {target.slot: target for target in self._of(domain)}
-        slots = distinct(plan.zeros["target"]).tolist()
-        for turn in in_turns([of_slot[slot] for slot in slots if slot in of_slot]):
-            works = []
-            for target in turn:
-                zeros = plan.zeros[plan.zeros["target"] == target.slot]
+        # one after the other: together they take no less
+        for target in self._of(domain):
+            zeros = plan.zeros[plan.zeros["target"] == target.slot]
+            if len(zeros):
                 records = zero_records(zeros, target.ground, self._settings.window.max_pages)
                 records = look.at(target, records, asked=is_asked(target, asked))
                 ground = target.ground
-                works.append(
-                    self._open_windows(domain, target, ground, None, records, asked, result)
-                )
-            yield from self._windows.side_by_side(works, result, self._meanwhile)
+                work = self._open_windows(domain, target, ground, None, records, asked, result)
+                yield from self._windows.side_by_side([work], result, self._meanwhile)
 
     def _users(
         self,

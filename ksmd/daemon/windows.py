@@ -10,7 +10,7 @@ import contextlib
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
@@ -167,8 +167,7 @@ class Windows:
 
         None where there could be none. TargetGoneError.
         """
-        if not self._ready(target, asked):
-            result.postponed += target.refused in _MOMENTARY
+        if not self.ready(target, asked, result):
             return None
         done = yield from self._open(target, records, extent)
         for _ in range(_RETRIES if is_asked(target, asked) else 0):
@@ -179,11 +178,13 @@ class Windows:
         result.postponed += done.refused in _MOMENTARY
         return done
 
-    def _ready(self, target: Target, asked: Asked) -> bool:
-        """Do the same, and again where the moment was bad and somebody waits."""
+    def ready(self, target: Target, asked: Asked, result: MergeResult) -> bool:
+        """Prepare a target, and again where the moment was bad and somebody waits."""
         for _ in range(1 + (_RETRIES if is_asked(target, asked) else 0)):
             if self.prepare(target) or target.refused not in _MOMENTARY:
                 break
+        if target.contexts is None:
+            result.postponed += target.refused in _MOMENTARY
         return target.contexts is not None
 
     def open(self, target: Target, records: Records, extent: Extent | None) -> WindowResult:
@@ -349,12 +350,22 @@ class Windows:
         target.contexts = None
 
 
-def in_turns(them: Sequence[T], *, alone: bool = False) -> Iterator[Sequence[T]]:
-    """Give *them* so many at a time as may have their windows together; the first one *alone*."""
-    if alone:
-        yield them[:1]
-    for at in range(int(alone), len(them), _TOGETHER):
-        yield them[at : at + _TOGETHER]
+def in_turns(them: Iterable[T], alone: Callable[[T], bool] = lambda _: False) -> Iterator[list[T]]:
+    """Give *them*, in their order, so many at a time as may have windows together, some *alone*."""
+    turn: list[T] = []
+    for one in them:
+        if alone(one):
+            if turn:
+                yield turn
+                turn = []
+            yield [one]
+            continue
+        turn.append(one)
+        if len(turn) == _TOGETHER:
+            yield turn
+            turn = []
+    if turn:
+        yield turn
 
 
 def _advance(

@@ -428,6 +428,7 @@ def test_each_of_several_targets_has_a_window_in_turn(
         settings = pipeline.targets.settings
         windows = settings.window.model_copy(update={"max_pages": NPAGES // 4})
         pipeline.targets.settings = settings.model_copy(update={"window": windows})
+        assert all(pipeline.windows.prepare(target) for target in pipeline.targets)
         assert full_pass(pipeline).merged == 10 * NPAGES
         at_once = [[order.request.target.pid for order in orders] for orders in onlooker.asked]
         assert all(len(pids) == len(set(pids)) for pids in at_once)
@@ -438,6 +439,22 @@ def test_each_of_several_targets_has_a_window_in_turn(
         )
         for victim in victims:
             assert victim.ask(f"peek({victim.ready} + 5 * PAGE)") >= 0
+
+
+def test_who_has_to_be_prepared_yet_keeps_nobody_waiting(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    onlooker = OnLooker(pipeline, monkeypatch)
+    with contextlib.ExitStack() as stack:
+        victims = [stack.enter_context(Victim(SCRIPT)) for _ in range(4)]
+        select(pipeline, *victims)
+        ready = [target for target in pipeline.targets if target.pid != victims[1].pid]
+        assert all(pipeline.windows.prepare(target) for target in ready)
+        assert full_pass(pipeline).merged == 4 * NPAGES
+        at_once = [{order.request.target.pid for order in orders} for orders in onlooker.asked]
+        assert {victims[1].pid} in at_once
+        assert all(victims[1].pid not in pids for pids in at_once if len(pids) > 1)
+        assert max(map(len, at_once)) > 1
 
 
 @pytest.mark.parametrize("op", [Op.MERGE, Op.REMERGE])
