@@ -433,10 +433,9 @@ def test_each_of_several_targets_has_a_window_in_turn(
         at_once = [[order.request.target.pid for order in orders] for orders in onlooker.asked]
         assert all(len(pids) == len(set(pids)) for pids in at_once)
         assert max(map(len, at_once)) == 8
-        # four windows each, and nobody has two in a row before all with him had one
-        assert Counter(pid for pids in at_once for pid in pids) == dict.fromkeys(
-            [victim.pid for victim in victims], 4
-        )
+        # four windows each, or more where a moment was bad
+        had = Counter(pid for pids in at_once for pid in pids)
+        assert all(had[victim.pid] >= 4 for victim in victims)
         for victim in victims:
             assert victim.ask(f"peek({victim.ready} + 5 * PAGE)") >= 0
 
