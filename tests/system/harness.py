@@ -377,7 +377,11 @@ def pss(victims: Sequence[Arena]) -> int:
 
 def descriptors(pid: int) -> dict[str, str]:
     """Give the whole descriptor table of a process: number to what it is."""
-    return {fd.name: os.fspath(fd.readlink()) for fd in Path(procfs.task_path(pid, "fd")).iterdir()}
+    found = {}
+    for fd in Path(procfs.task_path(pid, "fd")).iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed since it was listed
+            found[fd.name] = os.fspath(fd.readlink())
+    return found
 
 
 def mappings(pid: int) -> list[tuple[int, int, str, str]]:
