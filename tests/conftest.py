@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import json
 import os
 import subprocess
 from collections.abc import Callable, Generator, Iterator
@@ -27,8 +24,6 @@ _KERNEL_SETTINGS = (
     Path("/sys/kernel/mm/transparent_hugepage"),
 )
 
-#: What the first of the sessions that run side by side found; locked by all of them.
-_FOUND = Path("/run/ksmd-tests.json")
 _TESTS = Path(__file__).parent
 #: Where the tests lie that may change them.
 _KERNEL_WORK = frozenset({"bench", "integration", "system"})
@@ -76,31 +71,17 @@ def _value(setting: str) -> str:
 def kernel_settings_as_found(request: pytest.FixtureRequest) -> Iterator[None]:
     """Fail the session if a test left another setting of kernel KSM or THP; put it back.
 
-    Of sessions that run side by side the last one looks, for what the first one found: each other
-    one may see what a test of another has changed for a while. Pure logic changes nothing, nor can
-    who is not root.
+    A session of pure logic may run beside one that changes some for a while.
     """
     kinds = {item.path.relative_to(_TESTS).parts[0] for item in request.session.items}
-    if not kinds & _KERNEL_WORK or os.geteuid() != 0:
+    if not kinds & _KERNEL_WORK:
         yield
         return
-    with _FOUND.open("a+") as found:
-        with contextlib.suppress(BlockingIOError):
-            fcntl.flock(found, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            found.truncate(0)
-            found.write(json.dumps({str(path): now for path, now in _kernel_settings().items()}))
-            found.flush()
-        fcntl.flock(found, fcntl.LOCK_SH)
-        found.seek(0)
-        before = {Path(path): setting for path, setting in json.load(found).items()}
-        yield
-        try:
-            fcntl.flock(found, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return
-        changed = {path: now for path, now in _kernel_settings().items() if now != before[path]}
-        for path in changed:
-            path.write_text(_value(before[path]))
+    before = _kernel_settings()
+    yield
+    changed = {path: now for path, now in _kernel_settings().items() if now != before.get(path)}
+    for path in changed:
+        path.write_text(_value(before[path]))
     assert not changed, f"a test left other kernel settings: {changed}"
 
 

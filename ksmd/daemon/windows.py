@@ -167,7 +167,7 @@ class Windows:
 
         None where there could be none. TargetGoneError.
         """
-        if not self.ready(target, asked, result):
+        if not self._ready(target, asked, result):
             return None
         done = yield from self._open(target, records, extent)
         for _ in range(_RETRIES if is_asked(target, asked) else 0):
@@ -178,7 +178,7 @@ class Windows:
         result.postponed += done.refused in _MOMENTARY
         return done
 
-    def ready(self, target: Target, asked: Asked, result: MergeResult) -> bool:
+    def _ready(self, target: Target, asked: Asked, result: MergeResult) -> bool:
         """Prepare a target, and again where the moment was bad and somebody waits."""
         for _ in range(1 + (_RETRIES if is_asked(target, asked) else 0)):
             if self.prepare(target) or target.refused not in _MOMENTARY:

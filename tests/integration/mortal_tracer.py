@@ -2,7 +2,7 @@
 
 MORTAL_AT=n, MORTAL_WHEN=before|after: it dies around its n-th ptrace request, as by SIGKILL, so
 that nothing of it can clean up. MORTAL_LATE=n: its n-th window is over too late.
-MORTAL_SLOW=seconds: so long it rests after each window.
+MORTAL_SLOW=seconds: so long it rests after each window, and any other request.
 MORTAL_BLIND=states: it does not look at the threads' states before it stops them.
 MORTAL_BLIND=rseq: it takes no heed of restartable sequences.
 """

@@ -394,12 +394,12 @@ class OnLooker:
     def __init__(self, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
         self._engine = pipeline.windows._engine
         self._windows = self._engine.windows
-        self.asked: list[list[Order]] = []
+        self.at_once: list[list[int]] = []  # whose windows were opened together
         self.bad_moments = {Op.MERGE: 0, Op.ZERO: 0, Op.REMERGE: 0}
         monkeypatch.setattr(self._engine, "windows", self._look_on)
 
     def _look_on(self, orders: list[Order], meanwhile: Callable[[], None]) -> list[WindowResult]:
-        self.asked.append(list(orders))
+        self.at_once.append([order.request.target.pid for order in orders])
         op = Op(int(orders[0].request.records["op"][0]))
         if not self.bad_moments[op]:
             return self._windows(orders, meanwhile)
@@ -409,6 +409,14 @@ class OnLooker:
             WindowResult(request.target, request.records, refused=Reason.UNSTOPPABLE)
             for request in requests
         ]
+
+
+@contextlib.contextmanager
+def several(pipeline: Pipeline, count: int) -> Iterator[list[Victim]]:
+    with contextlib.ExitStack() as stack:
+        victims = [stack.enter_context(Victim(SCRIPT)) for _ in range(count)]
+        select(pipeline, *victims)
+        yield victims
 
 
 def full_pass(pipeline: Pipeline) -> MergeResult:
@@ -422,15 +430,13 @@ def test_each_of_several_targets_has_a_window_in_turn(
     pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     onlooker = OnLooker(pipeline, monkeypatch)
-    with contextlib.ExitStack() as stack:
-        victims = [stack.enter_context(Victim(SCRIPT)) for _ in range(10)]
-        select(pipeline, *victims)
+    with several(pipeline, 10) as victims:
         settings = pipeline.targets.settings
         windows = settings.window.model_copy(update={"max_pages": NPAGES // 4})
         pipeline.targets.settings = settings.model_copy(update={"window": windows})
         assert all(pipeline.windows.prepare(target) for target in pipeline.targets)
         assert full_pass(pipeline).merged == 10 * NPAGES
-        at_once = [[order.request.target.pid for order in orders] for orders in onlooker.asked]
+        at_once = onlooker.at_once
         assert all(len(pids) == len(set(pids)) for pids in at_once)
         assert max(map(len, at_once)) == 8
         # four windows each, or more where a moment was bad
@@ -444,14 +450,12 @@ def test_who_has_to_be_prepared_yet_keeps_nobody_waiting(
     pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     onlooker = OnLooker(pipeline, monkeypatch)
-    with contextlib.ExitStack() as stack:
-        victims = [stack.enter_context(Victim(SCRIPT)) for _ in range(4)]
-        select(pipeline, *victims)
+    with several(pipeline, 4) as victims:
         ready = [target for target in pipeline.targets if target.pid != victims[1].pid]
         assert all(pipeline.windows.prepare(target) for target in ready)
         assert full_pass(pipeline).merged == 4 * NPAGES
-        at_once = [{order.request.target.pid for order in orders} for orders in onlooker.asked]
-        assert {victims[1].pid} in at_once
+        at_once = onlooker.at_once
+        assert [victims[1].pid] in at_once
         assert all(victims[1].pid not in pids for pids in at_once if len(pids) > 1)
         assert max(map(len, at_once)) > 1
 

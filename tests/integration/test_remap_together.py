@@ -212,13 +212,12 @@ def test_what_is_too_much_for_one_message_goes_in_several(
     )
     with contextlib.ExitStack() as stack:
         scripts = [stack.enter_context(Script(script)) for _ in range(members)]
-        orders, slots = [], []
+        orders = []
         for script_ in scripts:
             subject = lab.adopt(script_.pid)
             zeros = [run(Op.ZERO, script_.ready, page, 1, 0) for page in range(1, npages, 2)]
             request = WindowRequest(subject.id, columns(zeros), 0, 2000)
             orders.append(Order(request, subject.contexts))
-            slots.append(subject.slot)
         results = lab.engine.windows(orders)
         assert [result.target for result in results] == [o.request.target for o in orders]
         assert all(done(result) for result in results), [str(r.refused) for r in results]
